@@ -40,8 +40,9 @@ _SOURCE = "__raysl_source__"
 
 # Modules that `load_module` has added: room -> name -> module.
 _added: dict[str, dict[str, ModuleType]] = {room: {} for room in ROOMS}
-# Names in RAYSL_PLUGINS that have been looked into.
+# Names in RAYSL_PLUGINS that have been looked into, and the room and the name of what they have added.
 _tried: set[str] = set()
+_give_way: set[tuple[str, str]] = set()
 
 
 def names(room: str) -> list[str]:
@@ -134,7 +135,10 @@ def _add_trusted() -> None:
     for name in (name for name in there if name not in _tried):
         _tried.add(name)
         try:
-            _add_members(import_module(name))
+            found = import_module(name)
+            # Of a package nothing else is imported: the user may have named it for its backbone.
+            if room := _room(found):
+                _add(room, _stem(found), found, gives_way=True)
         except UserError as error:
             _log.warning("%s names it: %s", TRUSTED, error)
 
@@ -262,9 +266,14 @@ def remembered(path_or_name: str) -> str:
     return str(_file(path_or_name).resolve()) if _is_file(path_or_name) else path_or_name
 
 
-def _add(room: str, name: str, member: ModuleType) -> None:
+def _add(room: str, name: str, member: ModuleType, gives_way: bool = False) -> None:
+    """Add a file to its room. One that RAYSL_PLUGINS names gives way to one that a command or a run names."""
     there = names(room)
     known = _added[room].get(name)
+    if (room, name) in _give_way and not gives_way:
+        _give_way.discard((room, name))
+        _added[room][name] = member
+        return
     if known is None and name in there:
         raise UserError(
             f"The plugin {member.__file__} has the name {name!r}, which {room} has already. Rename the file and its "
@@ -275,6 +284,8 @@ def _add(room: str, name: str, member: ModuleType) -> None:
             f"The plugins {known.__file__} and {member.__file__} have the same name, {name!r}. Rename one of them."
         )
     _added[room][name] = member
+    if gives_way and known is None:
+        _give_way.add((room, name))
 
 
 def _room(member: ModuleType) -> str:
@@ -301,7 +312,7 @@ def import_module(path_or_name: str) -> ModuleType:
         if _is_file(path_or_name):
             return _import_file(_file(path_or_name).resolve())
         return importlib.import_module(path_or_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"The plugin {path_or_name!r} cannot be imported: {type(error).__name__}: {error}. Give the path of a "
             "Python file, or the name of an installed module."

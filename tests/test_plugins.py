@@ -114,6 +114,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         files.clear()
         files.update(before[room])
     plugins._tried &= tried
+    plugins._give_way.clear()
 
 
 @pytest.fixture
@@ -242,6 +243,33 @@ def test_only_what_can_be_imported_of_the_trusted_code_is_listed(
     assert "upside_down" in pretext.names()
     assert pretext.names()
     assert [record.getMessage().count("broken.py") > 0 for record in caplog.records] == [True]
+
+
+def test_of_a_trusted_package_no_other_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "some_networks"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "train.py").write_text("raise SystemExit(3)")
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(plugins.TRUSTED, os.pathsep.join(["some_networks", str(tmp_path / "ends.py")]))
+    pretext.names()
+    assert "some_networks" in sys.modules
+    assert "some_networks.train" not in sys.modules
+
+
+def test_a_file_that_is_named_goes_before_one_of_the_environment(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "newer" / file.name
+    other.parent.mkdir()
+    other.write_text(TRANSFORM)
+    monkeypatch.setenv(plugins.TRUSTED, str(file))
+    assert "upside_down" in pretext.names()
+    plugins.use(other)
+    assert plugins.module(plugins.PRETEXT, "upside_down", "transform").__file__ == str(other)
+    with pytest.raises(UserError, match="have the same name"):
+        plugins.use(file)
 
 
 def test_a_package_may_hold_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,8 @@ def run_config(
     """
     from raysl.config import Pretraining, defaults
 
-    values = _named({**given(data=data, run=run), **fields})
+    base = config if isinstance(config, Mapping) else {}
+    values = _named({**base, **given(data=data, run=run), **fields})
     trains = check is None
     if local:
         from raysl.training import local as in_process
@@ -109,7 +110,6 @@ def run_config(
         return made
     if config is not None and not isinstance(config, Mapping):
         raise _wrong_type(config, Pretraining)
-    values = {**(config or {}), **values}
     if local and values.get("workers", 0) in (0, "0"):
         values["workers"] = 1
     _check_given(values)

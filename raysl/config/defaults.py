@@ -95,11 +95,11 @@ def resolve(
     return _completed(wanted, choices)
 
 
-def before_data(given: Mapping[str, Any], has_gpus: bool) -> list[Pretraining]:
-    """Return what `resolve` would choose for many small images and for many photos, with one worker."""
+def before_data(given: Mapping[str, Any]) -> list[Pretraining]:
+    """Return what `resolve` would choose for many small images, and for photos without and with GPUs."""
     wanted = _without_usual(given)
-    several = [_Images(_MANY, is_photos) for is_photos in (False, True)]
-    return [_completed(wanted, _choices(wanted, images, 1, has_gpus)) for images in several]
+    cases = ((False, False), (True, False), (True, True))
+    return [_completed(wanted, _choices(wanted, _Images(_MANY, photos), 1, gpus)) for photos, gpus in cases]
 
 
 def _completed(wanted: Mapping[str, Any], choices: Iterable[Choice]) -> Pretraining:
@@ -211,10 +211,12 @@ def _choices(
     else:
         yield Choice("backbone.name", "resnet18")
         yield Choice("view.image_size", 96, "without a GPU, 224 pixels take five times as long")
-    workers = given.get("workers", usual_workers)
-    if "workers" not in given and int(given.get("batch_size", usual_workers)) % usual_workers:
-        workers = 1  # More could not share the batch that is given.
-    yield Choice("workers", workers)
+    workers, batch_size = given.get("workers", usual_workers), int(given.get("batch_size", 0))
+    if "workers" not in given and batch_size % usual_workers:
+        workers = next(count for count in range(usual_workers, 0, -1) if batch_size % count == 0)
+        yield Choice("workers", workers, "more cannot share the batch equally")
+    else:
+        yield Choice("workers", workers)
     if has_gpus:
         yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(num_images, workers, most=64 if photos and not has_gpus else 256)

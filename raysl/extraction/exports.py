@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from raysl import plugins
@@ -56,7 +57,10 @@ def _beside(folder: Folder) -> tuple[BackboneConfig, int] | None:
             cfg = stated.get("pretrained_cfg", {})
             tag = f".{cfg['tag']}" if cfg.get("tag") else ""
             size = int(cfg.get("input_size", (0,))[-1])
-            return BackboneConfig(f"{TIMM}{stated['architecture']}{tag}"), size
+            name = f"{stated['architecture']}{tag}"
+            if not re.fullmatch(r"[\w.]+", name):  # With "/" and ":" it would name code.
+                raise ValueError(f"{name!r} is no network of timm")
+            return BackboneConfig(f"{TIMM}{name}"), size
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"The settings beside the weights in {str(folder)!r} cannot be read ({error}). Give the backbone."

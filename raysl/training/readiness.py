@@ -46,7 +46,7 @@ def check(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
 def check_before_ingest(asked: Pretraining, given: Mapping[str, Any]) -> None:
     """Raise UserError for a mistake of the method or the network that no images would mend: to read them takes long.
 
-    What raysl chooses depends on the images, so that both small images and photos must be impossible.
+    What raysl chooses depends on the images and on the GPUs of the cluster, so that all choices must be impossible.
 
     Args:
         asked: the configuration without choices.
@@ -57,13 +57,13 @@ def check_before_ingest(asked: Pretraining, given: Mapping[str, Any]) -> None:
         return
     refused: list[UserError] = []
     with torch.random.fork_rng(devices=[]):
-        for config in defaults.before_data(given, torch.cuda.is_available()):
+        for config in defaults.before_data(given):
             try:
                 Model(config, DatasetInfo(1 << 31, num_classes=2)).check()
                 return
             except UserError as error:
                 refused.append(error)
-    raise refused[0]
+    raise refused[-1]
 
 
 def is_done(config: Pretraining, end: int, num_steps: int) -> bool:

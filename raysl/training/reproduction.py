@@ -85,13 +85,14 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
     # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))
-    if not _is_interrupted(again, steps):
+    fingerprint = resolve(again.data).manifest.fingerprint
+    if not _is_interrupted(again, steps, fingerprint):
         if not config.out:
             Folder(out).delete()  # The rest of an earlier comparison.
         elif Folder(out).exists(METADATA):
             raise UserError(f"--out is {out!r}, which already holds a run. Give a new folder.")
     run_folder.check_free(out, "--out")
-    ingredients = list(_ingredients(metadata, resolve(again.data).manifest.fingerprint))
+    ingredients = list(_ingredients(metadata, fingerprint))
     for line in ingredients:
         _log.info("differs: %s", line)
     second = pretrain(again, until=steps, local=config.local or None)
@@ -104,14 +105,15 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     return Comparison(tuple(ingredients), tuple(numbers), steps, second, compared)
 
 
-def _is_interrupted(again: Pretraining, steps: int) -> bool:
-    """Return True if the folder holds the beginning of this repetition, by the code and packages of today."""
+def _is_interrupted(again: Pretraining, steps: int, fingerprint: str) -> bool:
+    """Return True if the folder holds the beginning of this repetition, by the code, packages and images of today."""
     begun = Run(Folder(again.run))
     if not begun.folder.exists(METADATA) or checkpoint.newest_step(begun.checkpoints) >= steps:
         return False
     now = json.loads(json.dumps(versions()))
-    sessions = begun.metadata()["sessions"]
-    return begun.config() == again and all({**session, **now} == session for session in sessions)
+    metadata = begun.metadata()
+    is_same = begun.config() == again and metadata["data"]["fingerprint"] == fingerprint
+    return is_same and all({**session, **now} == session for session in metadata["sessions"])
 
 
 def _nothing(steps: int) -> UserError:

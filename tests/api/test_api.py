@@ -171,6 +171,12 @@ def test_a_run_without_its_source_names_the_copy_of_its_images(tmp_path: Path) -
         check_same(metadata, {}, make_dataset(tmp_path / "more", 6), str(run))
 
 
+def test_the_image_size_leaves_the_rest_of_the_view(tmp_path: Path) -> None:
+    given = {"view": {"min_scale": 0.5}, "backbone": "small"}
+    made = arguments.run_config("shapes:20", tmp_path / "run", given, {"image_size": 48}, workers=False)
+    assert (made.view.min_scale, made.view.image_size, made.backbone.name) == (0.5, 48, "small")
+
+
 def test_weights_are_checked_before_a_source_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(data: str) -> None:
         raise AssertionError(f"{data} was read")

@@ -68,10 +68,10 @@ def test_the_rest_fits_what_is_given(given: dict[str, Any], small: DataSet) -> N
     assert made.method == given.get("method", "pirl-jigsaw")
 
 
-def test_a_batch_that_two_workers_cannot_share_is_trained_by_one(small: DataSet) -> None:
+def test_a_batch_is_trained_by_as_many_workers_as_share_it_equally(small: DataSet) -> None:
     given = {**RUN, "batch_size": 33}
     assert defaults.check(given).batch_size == 33
-    assert defaults.resolve(given, small, 2, False).workers == 1
+    assert [defaults.resolve(given, small, usual, False).workers for usual in (2, 3, 8)] == [1, 3, 3]
 
 
 def test_flags_that_repeat_the_values_of_the_classes_stay(photos: DataSet) -> None:

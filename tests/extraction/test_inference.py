@@ -15,7 +15,16 @@ from torchvision import models
 
 from raysl.backbone.network import BackboneConfig
 from raysl.errors import UserError
-from raysl.extraction import FeaturesConfig, Pixels, Reestimated, Trained, Weights, compute_features, load
+from raysl.extraction import (
+    FeaturesConfig,
+    Pixels,
+    Reestimated,
+    Trained,
+    Weights,
+    compute_features,
+    encoder_by_name,
+    load,
+)
 from raysl.extraction.exports import SETTINGS
 from raysl.extraction.inference import starting_weights, stated_backbone
 from raysl.model_export import CARD, ExportConfig, export
@@ -220,4 +229,11 @@ def test_code_that_only_the_settings_of_an_export_name_is_not_run(tmp_path: Path
             UserError, match=r"uses the code in .*net.py', which would be run now. If you trust it"
         ):
             call(str(tmp_path))
+    (tmp_path / SETTINGS).unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": f"../{tmp_path}/net.py:Net"}))
+    no_network = r"is no network of timm\)\. Give the backbone"
+    with pytest.raises(UserError, match=no_network):
+        load(str(tmp_path))
+    with pytest.raises(UserError, match=no_network):
+        encoder_by_name(str(tmp_path), BackboneConfig())
     assert not (tmp_path / "ran").exists()

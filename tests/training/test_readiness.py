@@ -48,3 +48,6 @@ def test_every_method_may_be_begun(method: str) -> None:
 def test_networks_that_take_one_size_may_be_begun() -> None:
     check(backbone={"name": "timm/vit_tiny_patch16_224"}, method="mae")
     check(backbone={"name": "resnet50"}, pirl={"num_negatives": 1_000_000})
+    check(
+        backbone={"name": "vit_b_16"}, method="simclr"
+    )  # With GPUs, photos get the 224 pixels that it takes.

@@ -91,10 +91,16 @@ def test_only_what_was_compared_is_called_equal(run: Run, tmp_path: Path) -> Non
         reproduce(copy, ReproduceConfig(steps=2, local=True))
 
 
-def test_an_interrupted_repetition_is_resumed(run: Run, tmp_path: Path) -> None:
+def test_an_interrupted_repetition_is_resumed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = str(tmp_path / "again")
     again = replace(run.config(), run=out)
     pretrain(replace(again, save=replace(again.save, every_steps=0)), until=2, local=True)
+    with monkeypatch.context() as other:
+        other.setattr(reproduction, "resolve", lambda data: make_dataset(tmp_path / "other", 32))
+        with pytest.raises(UserError, match="already holds a run"):  # One of other images is not resumed.
+            reproduce(run, ReproduceConfig(out=out, local=True))
     found = reproduce(run, ReproduceConfig(out=out, local=True))
     assert found.same, found.numbers
     assert len(found.run.metadata()["sessions"]) == 2
