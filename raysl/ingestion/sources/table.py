@@ -191,7 +191,7 @@ class Source:
         self.found.images = 0
         for file, columns in zip(self._files, self._columns, strict=True):
             with self._opened(file) as table:
-                groups = table.groups
+                groups = table.counted()
             spec = {
                 "root": self._place.uri,
                 "path": file.path,
@@ -274,7 +274,7 @@ class Source:
         found: list[str | None] = []
         with self._opened(file) as table:
             if columns.constant is not None:
-                return [columns.constant] * sum(rows for rows, _ in table.groups), "names"
+                return [columns.constant] * sum(rows for rows, _ in table.counted()), "names"
             for values in table.column(columns.label):
                 found += labels.as_classes(values, columns.names).to_pylist()
             kind = table.schema.field(columns.label).type
@@ -352,18 +352,15 @@ def read(unit: Unit) -> Iterator[Row]:
     only = spec.get("only")
     with tables.opened(spec["root"], spec["path"], tuple(only) if only else None) as table:
         for group in range(*spec["groups"]):
-            row, where = 0, f"{place}, row group {group}, row"
+            first, where = 0, f"{place}, row group {group}, row"
             if spec.get("is_object"):
-                row, where = sum(rows for rows, _ in table.groups[:group]), "item"
-            for batch in table.read(group, wanted):
-                for found in _rows(batch, columns, spec, where, row):
+                first, where = sum(rows for rows, _ in table.groups[:group]), "item"
+            for batch, numbers in table.numbered(group, wanted):
+                for found in _rows(batch, columns, spec, [f"{where} {first + number}" for number in numbers]):
                     yield from video.clips(found, video.Sampling(*sampling)) if sampling else [found]
-                row += batch.num_rows
 
 
-def _rows(
-    batch: pa.RecordBatch, columns: Columns, spec: dict[str, Any], place: str, first: int
-) -> Iterator[Row]:
+def _rows(batch: pa.RecordBatch, columns: Columns, spec: dict[str, Any], places: list[str]) -> Iterator[Row]:
     images = batch.column(columns.image)
     classes = [columns.constant if columns.label else None] * len(images)
     if columns.label and columns.constant is None:
@@ -377,9 +374,9 @@ def _rows(
         if images.type.get_field_index("path") >= 0:
             names = pc.struct_field(images, "path").to_pylist()
         images = pc.struct_field(images, "bytes")
-    for i, (image, label, name) in enumerate(zip(images, classes, names, strict=True)):
+    for image, label, name, place in zip(images, classes, names, places, strict=True):
         if name and not image.is_valid and spec["follow_links"]:
             yield read_named(spec, name, label)
             continue
-        path = f"{place} {first + i}" + (f" ({name})" if name else "")
+        path = place + (f" ({name})" if name else "")
         yield Row(image.as_py(), label, path, "the image column has no bytes in this row")
