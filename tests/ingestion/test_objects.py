@@ -182,6 +182,16 @@ def test_what_was_given_is_printed_and_no_file_of_raysl(
     assert "parquet" not in caplog.text
 
 
+def test_a_column_of_splits_of_an_object_is_told_without_a_split_to_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"image": [jpeg(1), jpeg(2)], "split": ["train", "test"]})
+    with caplog.at_level("INFO", "raysl.ingestion"):
+        ingest(frame, str(tmp_path / "out"))
+    assert "all values of the column 'split' together\n" in caplog.text
+
+
 def test_other_objects_are_refused(tmp_path: Path) -> None:
     for source, says in (
         ({"train": []}, "one of its values"),

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl.ingestion import splits, tables
-from raysl.ingestion.sources import UnitSize
-from tests.ingestion.reading import jpeg, labels, opened, put, refused
+from raysl.ingestion.sources import Place, UnitSize, open_source
+from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused
 
 
 def images(count: int) -> list[dict[str, Any]]:
@@ -435,6 +435,23 @@ def test_rows_of_a_split_keep_their_names_and_are_counted_once(
     assert found.images == 3
     assert [(row.path, row.image) for row in some] == [list(every.items())[i] for i in (1, 2, 5)]
     assert counts.call_count == 1
+
+
+def test_a_table_is_opened_once_and_its_splits_are_read_if_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        table = pa.table({"image": [jpeg(number)] * 2, "split": ["train", "val"]})
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+    opening = Mock(side_effect=tables.opened)
+    reading = Mock(side_effect=tables.Table.column, autospec=True)
+    monkeypatch.setattr(tables, "opened", opening)
+    monkeypatch.setattr(tables.Table, "column", lambda self, name: reading(self, name))
+    one = open_source(Place.parse(str(tmp_path)))
+    assert (opening.call_count, reading.call_count) == (3, 0)
+    next(one.source.units(SMALL))
+    assert one.source.found.splits == ("train", "val")
+    assert splits(str(tmp_path)) == (str(tmp_path), str(tmp_path))
 
 
 def test_negative_numbers_are_no_labels_in_a_column_with_leading_zeros(tmp_path: Path) -> None:
