@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,9 +27,12 @@ from raysl.ingestion.pixel_files import is_pixels
 from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
 from raysl.storage import Folder
 
+_log = logging.getLogger("raysl.ingestion")
+
 FOLDER = "_source"
 _FILE = "rows.parquet"
 _BATCH_ROWS = 256
+_LINE_EVERY_S = 5.0
 # A column of Hugging Face's images.
 _FILES = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -80,7 +85,7 @@ class Rows:
         state, writer = _Hashing(), None
         try:
             with (dest / FOLDER).writing(_FILE) as stream:
-                for table in self.tables:
+                for table in self._shown():
                     if writer is None:
                         writer = pq.ParquetWriter(stream, table.schema, use_dictionary=False)
                         hashed = pa.ipc.new_stream(pa.PythonFile(state, "w"), table.schema)
@@ -96,6 +101,18 @@ class Rows:
         except UserError:
             dest.delete(FOLDER)
             raise
+
+    def _shown(self) -> Iterator[pa.Table]:
+        """Yield the tables, and log now and then how far they are: a data set of torch decodes each image."""
+        start_s = line_s = time.monotonic()
+        done = 0
+        for table in self.tables:
+            yield table
+            done, now_s = done + table.num_rows, time.monotonic()
+            if now_s - line_s > _LINE_EVERY_S:
+                line_s = now_s
+                rate = done / max(now_s - start_s, 1e-9)
+                _log.info("Reading %s: %s images so far, %s images/s", self.name, f"{done:,}", f"{rate:,.0f}")
 
 
 class _Hashing(io.RawIOBase):

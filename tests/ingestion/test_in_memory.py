@@ -18,7 +18,7 @@ from torchvision import datasets
 import raysl
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion import in_memory, ingest
+from raysl.ingestion import in_memory, ingest, objects
 from raysl.ingestion.sources import UnitSize
 from raysl.stream.decode import decode
 from tests.ingestion.reading import jpeg
@@ -128,6 +128,17 @@ def test_images_of_classes_are_written_in_pieces(tmp_path: Path, monkeypatch: py
         made = ingest(source, str(tmp_path / str(number)))
         assert made.manifest.fingerprint == whole.manifest.fingerprint
         assert made.paths() == whole.paths()
+
+
+def test_a_long_data_set_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(in_memory, "_PIECE", UnitSize(2, 1 << 20))
+    monkeypatch.setattr(objects, "_LINE_EVERY_S", -1.0)
+    with caplog.at_level("INFO", "raysl.ingestion"):
+        ingest(Photos(), str(tmp_path / "out"))
+    told = [text for text in caplog.messages if text.startswith("Reading ") and "Photos of 5 items: " in text]
+    assert [text.partition("items: ")[2].partition(" images")[0] for text in told] == ["2", "4", "5"]
 
 
 def test_a_file_that_is_not_decoded_yet_is_kept(tmp_path: Path) -> None:
