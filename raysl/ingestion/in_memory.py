@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -212,6 +213,10 @@ def _file(image: Any, number: int, name: str) -> bytes:
         if pixels.ndim == 4:
             raise no_images(image, f"{subject} is")
         return encode(image_of(pixels), small=True)
+    if isinstance(image, str | os.PathLike):
+        raise UserError(
+            f"{subject} is a path, and item 0 is an image. All items must be paths, or all images."
+        )
     if not isinstance(image, Image.Image):
         raise UserError(
             f"{subject} is of the type {type(image).__name__}. Each item must be an image (of PIL, a uint8 array or "

@@ -194,7 +194,7 @@ def test_the_same_images_again_are_found_and_others_refused(tmp_path: Path) -> N
         (RGB[:0], "is empty"),
         ([RGB[0], RGB[1] / 255], r"^Item 1 of a list of 2 images is an array of type float64"),
         ([RGB[0], RGB], r"^Item 1 of a list of 2 images is an array of type uint8 and shape \(5,"),
-        ([RGB[0], "a.jpg"], "^Item 1 of a list of 2 images is of the type str"),
+        ([RGB[0], "a.jpg"], "^Item 1 of a list of 2 images is a path, and item 0 is an image"),
         (
             [(RGB[0], 1), (RGB[1], 0.5)],
             "^Item 1 of a list of 2 images has the label 0.5, which holds fractions",
