@@ -127,7 +127,10 @@ def splits(data: str) -> tuple[str, str]:
         found = open_source(Place.parse(data)).source.found
     except UserError:  # There are several splits, or nothing, which the first to resolve it says.
         return f"{data}#train", f"{data}#test"
-    # A table with a column of splits is also read without one.
+    # A table with a column of splits is also read without one; its values are read when a split is named.
+    if found.split_column:
+        with suppress(UserError):
+            found = open_source(Place.parse(data, "train")).source.found
     if {"train", "test"} <= {*map(str.lower, found.splits)}:
         return f"{data}#train", f"{data}#test"
     return data, data

@@ -72,9 +72,9 @@ class Found:
     def table(self, name: str) -> str:
         """Return the table that ingest prints before it copies anything."""
         lines = [("source", name), *([("layout", self.layout)] if self.layout else [])]
-        if self.split_column and not self.split:
-            told = f"none: all values of the column {self.split_column!r} together; "
-            lines.append(("split", f"{told}{name}#{self.splits[-1]} reads one of: {listed(self.splits)}"))
+        if self.split_column and self.splits and not self.split:
+            one = f"; {name}#{self.splits[-1]} reads one of: {listed(self.splits)}" if self.layout else ""
+            lines.append(("split", f"none: all values of the column {self.split_column!r} together{one}"))
         elif self.splits:
             others = ", ".join(split for split in self.splits if split != self.split)
             lines.append(("split", self.split + (f"  (not read: {others})" if others else "")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,7 @@ def _of_stack(images: Any, classes: list[Any] | None, name: str) -> Iterator[pa.
         if classes is not None:
             some = enumerate(classes[start : start + step], start)
             of_files = [_class_of(label, number, name) for number, label in some]
-        yield _table(files, of_files)
+        yield table("image", pa.array(files, pa.binary()), of_files)
 
 
 def of_items(source: Any, name: str, given: Any, with_labels: bool) -> Iterator[pa.Table]:
@@ -105,8 +106,12 @@ def of_items(source: Any, name: str, given: Any, with_labels: bool) -> Iterator[
     """
     classes = None if given is None else listed(given, len(source), name)
     if classes is not None and item(source, 0, name).has_label:
-        raise UserError(f"Item 0 of {name} holds a label, and labels= is given too. Give one of them.")
+        raise labelled_twice(name)
     return _of_items(source, name, classes, with_labels)
+
+
+def labelled_twice(name: str, number: int = 0) -> UserError:
+    return UserError(f"Item {number} of {name} holds a label, and labels= is given too. Give one of them.")
 
 
 def _of_items(source: Any, name: str, given: list[Any] | None, with_labels: bool) -> Iterator[pa.Table]:
@@ -121,17 +126,23 @@ def _of_items(source: Any, name: str, given: list[Any] | None, with_labels: bool
         if piece[0][0] == 0:
             first = piece[0][2]
             has_labels = with_labels and first.has_label
-            names = _names(source) if has_labels and isinstance(_plain(first.label), int) else []
+            names = names_of(source, first.label) if has_labels else []
         if with_labels and not has_labels and (odd := next((i for i, _, one in piece if one.has_label), 0)):
             raise UserError(f"Item {odd} of {name} holds a label, and item 0 none. Give None as its label.")
-        of_class = _number if names else _class_of
-        told = [of_class(one.label, number, name) for number, _, one in piece] if has_labels else None
-        yield _table([data for _, data, _ in piece], told, names)
+        told = [label_of(one.label, number, name, names) for number, _, one in piece] if has_labels else None
+        yield table("image", pa.array([data for _, data, _ in piece], pa.binary()), told, names)
 
 
-def _table(files: list[bytes], of_files: Sequence[Any] | None, names: Sequence[str] = ()) -> pa.Table:
-    """Return files and their labels as a table; labels are numbers of `names` if there are any, or else classes."""
-    columns: dict[str, Any] = {"image": pa.array(files, pa.binary())}
+def label_of(label: Any, number: int, name: str, names: Sequence[str]) -> Any:
+    """Return the label of item `number` of `name` as `table` takes it."""
+    return (_number if names else _class_of)(label, number, name)
+
+
+def table(
+    column: str, images: pa.Array, of_files: Sequence[Any] | None, names: Sequence[str] = ()
+) -> pa.Table:
+    """Return images and their labels as a table; labels are numbers of `names` if there are any, or else classes."""
+    columns: dict[str, Any] = {column: images}
     if of_files is not None:
         columns["label"] = pa.array(of_files, pa.int64() if names else pa.string())
     about = {"info": {"features": {"label": {"names": [*names], "_type": "ClassLabel"}}}}
@@ -150,8 +161,12 @@ def listed(given: Any, count: int, name: str) -> list[Any]:
     return values
 
 
-def _names(source: Any) -> list[str]:
-    """Return the names of the classes of a data set, or of the one that it is a part of; empty if it has none."""
+def names_of(source: Any, label: Any) -> list[str]:
+    """Return the names of the classes of a data set, or of the one that it is a part of; empty if it has none, or its
+    first label is no number.
+    """
+    if not isinstance(_plain(label), int):
+        return []
     while not hasattr(source, "classes") and hasattr(source, "dataset"):
         source = source.dataset
     found = getattr(source, "classes", None)
@@ -198,6 +213,10 @@ def _file(image: Any, number: int, name: str) -> bytes:
         if pixels.ndim == 4:
             raise no_images(image, f"{subject} is")
         return encode(image_of(pixels), small=True)
+    if isinstance(image, str | os.PathLike):
+        raise UserError(
+            f"{subject} is a path, and item 0 is an image. All items must be paths, or all images."
+        )
     if not isinstance(image, Image.Image):
         raise UserError(
             f"{subject} is of the type {type(image).__name__}. Each item must be an image (of PIL, a uint8 array or "

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
-import reprlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,15 +21,18 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raysl.errors import UserError, counted
-from raysl.ingestion import in_memory, labels, png, tables
+from raysl.ingestion import in_memory, png, tables
 from raysl.ingestion.found import names_checked, printable
 from raysl.ingestion.pixel_files import is_pixels
 from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
 from raysl.storage import Folder
 
+_log = logging.getLogger("raysl.ingestion")
+
 FOLDER = "_source"
 _FILE = "rows.parquet"
 _BATCH_ROWS = 256
+_LINE_EVERY_S = 5.0
 # A column of Hugging Face's images.
 _FILES = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -81,7 +85,7 @@ class Rows:
         state, writer = _Hashing(), None
         try:
             with (dest / FOLDER).writing(_FILE) as stream:
-                for table in self.tables:
+                for table in self._shown():
                     if writer is None:
                         writer = pq.ParquetWriter(stream, table.schema, use_dictionary=False)
                         hashed = pa.ipc.new_stream(pa.PythonFile(state, "w"), table.schema)
@@ -97,6 +101,18 @@ class Rows:
         except UserError:
             dest.delete(FOLDER)
             raise
+
+    def _shown(self) -> Iterator[pa.Table]:
+        """Yield the tables, and log now and then how far they are: a data set of torch decodes each image."""
+        start_s = line_s = time.monotonic()
+        done = 0
+        for table in self.tables:
+            yield table
+            done, now_s = done + table.num_rows, time.monotonic()
+            if now_s - line_s > _LINE_EVERY_S:
+                line_s = now_s
+                rate = done / max(now_s - start_s, 1e-9)
+                _log.info("Reading %s: %s images so far, %s images/s", self.name, f"{done:,}", f"{rate:,.0f}")
 
 
 class _Hashing(io.RawIOBase):
@@ -160,12 +176,19 @@ def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Rows:
             "images, files or pairs of one and its label, a pandas.DataFrame, a datasets.Dataset or a ray.data.Dataset."
         )
     count, is_list = len(source), isinstance(source, list | tuple)
-    first = in_memory.item(source, 0, kind).image if count else ""
-    if isinstance(first, str | os.PathLike):
-        files = [source[number] for number in range(count)]
+    first = in_memory.item(source, 0, kind) if count else in_memory.Item("", None, False)
+    if isinstance(first.image, str | os.PathLike):
+        name = f"a list of {counted(count, 'file')}"
+        items = [in_memory.item(source, number, kind) for number in range(count)]
         if given is not None:
-            files = list(zip(files, in_memory.listed(given, count, "the files"), strict=True))
-        return Rows(f"a list of {counted(count, 'file')}", _of_list(_pairs(files)))
+            if (twice := next((i for i, one in enumerate(items) if one.has_label), None)) is not None:
+                raise in_memory.labelled_twice(name, twice)
+            told = in_memory.listed(given, count, "the files")
+            items = [one._replace(label=label) for one, label in zip(items, told, strict=True)]
+        if config.labels == "none":
+            items = [one._replace(label=None) for one in items]
+        classes = in_memory.names_of(source, items[0].label) if items else []
+        return Rows(name, _of_files(items, name, classes))
     name = f"a list of {counted(count, 'image')}" if is_list else f"{kind} of {counted(count, 'item')}"
     return Rows(name, in_memory.of_items(source, name, given, config.labels != "none"))
 
@@ -227,17 +250,30 @@ def _known(value: Any) -> Any:
     return value if isinstance(value, bytes | dict) else None
 
 
-def _pairs(source: Iterable[Any]) -> list[tuple[str, str | None]]:
-    """Return the files of a list, each with its class or None. Raises UserError if some are not there."""
-    pairs = [one if isinstance(one, list | tuple) else (one, None) for one in source]
-    for pair in pairs:
-        if len(pair) != 2 or not isinstance(pair[0], str | os.PathLike):
+def _of_files(items: list[in_memory.Item], name: str, classes: list[str]) -> Iterator[pa.Table]:
+    """Return the files of a list as tables; their labels are numbers of `classes` if there are any.
+
+    Raises:
+        UserError: some items are no files, or some files are not there.
+    """
+    for number, (path, *_) in enumerate(items):
+        if not isinstance(path, str | os.PathLike):
             raise UserError(
-                f"The list of files holds {reprlib.repr(pair)}. Each item must be a path, or a pair of a path and a "
-                "label."
+                f"Item {number} of {name} is of the type {type(path).__name__}, and item 0 is a path. All items must "
+                "be paths, or all images; each alone, or in a tuple with its label."
             )
-    names = [os.fspath(path) for path, _ in pairs]
-    files = [name if "://" in name else os.path.abspath(name) for name in names]
+    paths = [os.fspath(one.image) for one in items]
+    files = [path if "://" in path else os.path.abspath(path) for path in paths]
+    _check_there(files)
+    told = [
+        in_memory.label_of(one.label, number, f"{name} ({printable(file)!r})", classes)
+        for number, (one, file) in enumerate(zip(items, files, strict=True))
+    ]
+    return _of_list(files, told, classes)
+
+
+def _check_there(files: list[str]) -> None:
+    """Raise UserError if a file of a list does not exist or is a folder."""
     with names_checked():
         for file in files:
             file.encode()
@@ -260,26 +296,13 @@ def _pairs(source: Iterable[Any]) -> list[tuple[str, str | None]]:
             f"The list of files holds the folder {printable(folder)!r}. Give the files in it, as glob.glob returns "
             "them, or one folder without a list. Nothing was written."
         )
-    return [(file, _class_of(file, label)) for file, (_, label) in zip(files, pairs, strict=True)]
 
 
-def _of_list(pairs: list[tuple[str, str | None]]) -> Iterator[pa.Table]:
-    for start in range(0, len(pairs), 65536):
-        part = pairs[start : start + 65536]
-        columns: dict[str, Any] = {"file_name": [file for file, _ in part]}
-        if any(label is not None for _, label in pairs):
-            columns["label"] = pa.array([label for _, label in part], pa.string())
-        yield pa.table(columns)
-
-
-def _class_of(file: str, label: Any) -> str | None:
-    try:
-        return labels.as_class_of_object(label)
-    except labels.NoClassesError as error:
-        raise UserError(
-            f"The list of files gives {printable(file)!r} the label {reprlib.repr(label)}, which {error}. "
-            f"{labels.PLAIN}"
-        ) from None
+def _of_list(files: list[str], told: list[Any], classes: list[str]) -> Iterator[pa.Table]:
+    has_labels = any(label is not None for label in told)
+    for start in range(0, len(files), 65536):
+        part = slice(start, start + 65536)
+        yield in_memory.table("file_name", pa.array(files[part]), told[part] if has_labels else None, classes)
 
 
 def _encoded(batch: pa.Table) -> pa.Table:

@@ -46,9 +46,10 @@ _BATCH_BYTES, _USUAL_BYTES = 4 << 30, 64 << 20
 
 @dataclass(frozen=True)
 class Table:
-    """An opened table, with the rows and bytes of each group of rows.
+    """An opened table.
 
     Args:
+        groups: the rows, also those that are not read, and bytes of each group of rows.
         only: a column and the value, as text, of the rows that are read; None for all rows.
     """
 
@@ -59,12 +60,31 @@ class Table:
 
     def read(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns of a group, a few rows at a time."""
+        for batch, _ in self.numbered(group, columns):
+            yield batch
+
+    def numbered(self, group: int, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, Sequence[int]]]:
+        """Yield some columns of a group, a few rows at a time, and the numbers of these rows in the whole group."""
+        column, value = self.only or ("", "")
+        first = 0
+        for batch in self._read(group, list(dict.fromkeys([*columns, *([column] if column else [])]))):
+            numbers: Sequence[int] = range(first, first + batch.num_rows)
+            first += batch.num_rows
+            if column:
+                is_read = pc.equal(as_texts(batch.column(column)), value).fill_null(False)
+                batch = batch.filter(is_read).select(columns)
+                numbers = [number for number, one in zip(numbers, is_read.to_pylist(), strict=True) if one]
+            yield batch, numbers
+
+    def counted(self) -> list[tuple[int, int]]:
+        """Return the groups with the rows that are read, for which `only` reads a column of the whole table."""
         if self.only is None:
-            yield from self._read(group, columns)
-            return
-        column, value = self.only
-        for batch in self._read(group, list(dict.fromkeys([*columns, column]))):
-            yield batch.filter(pc.equal(as_texts(batch.column(column)), value)).select(columns)
+            return self.groups
+        column = [self.only[0]]
+        return [
+            (sum(batch.num_rows for batch in self.read(number, column)), size)
+            for number, (_, size) in enumerate(self.groups)
+        ]
 
     def _read(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         if isinstance(self._file, pq.ParquetFile):
@@ -112,23 +132,13 @@ def opened(root: str, path: str, only: tuple[str, str] | None = None) -> Iterato
             else:
                 table = _arrow(stream) if name.endswith((".arrow", ".feather")) else _parquet(stream, place)
             _check_names(table.schema.names, place)
-            yield _restricted(replace(table, schema=without_views(table.schema)), only)
+            yield replace(table, schema=without_views(table.schema), only=only)
     except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         kind = "Parquet file" if name.endswith(".parquet") else "table"
         raise UserError(
             f"Cannot read the {kind} {printable(place)!r}: {error}. Download or copy it again, then run the same "
             "command."
         ) from error
-
-
-def _restricted(table: Table, only: tuple[str, str] | None) -> Table:
-    """Return a table of which only some rows are read, and counted."""
-    if only is None:
-        return table
-    table = replace(table, only=only)
-    counts = (sum(batch.num_rows for batch in table.read(n, [only[0]])) for n in range(len(table.groups)))
-    groups = [(count, size) for count, (_, size) in zip(counts, table.groups, strict=True)]
-    return replace(table, groups=groups)
 
 
 def as_texts(values: pa.Array) -> pa.Array:

@@ -18,7 +18,7 @@ from torchvision import datasets
 import raysl
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion import in_memory, ingest
+from raysl.ingestion import in_memory, ingest, objects
 from raysl.ingestion.sources import UnitSize
 from raysl.stream.decode import decode
 from tests.ingestion.reading import jpeg
@@ -130,6 +130,17 @@ def test_images_of_classes_are_written_in_pieces(tmp_path: Path, monkeypatch: py
         assert made.paths() == whole.paths()
 
 
+def test_a_long_data_set_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(in_memory, "_PIECE", UnitSize(2, 1 << 20))
+    monkeypatch.setattr(objects, "_LINE_EVERY_S", -1.0)
+    with caplog.at_level("INFO", "raysl.ingestion"):
+        ingest(Photos(), str(tmp_path / "out"))
+    told = [text for text in caplog.messages if text.startswith("Reading ") and "Photos of 5 items: " in text]
+    assert [text.partition("items: ")[2].partition(" images")[0] for text in told] == ["2", "4", "5"]
+
+
 def test_a_file_that_is_not_decoded_yet_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(70))
     drafted = Image.open(tmp_path / "a.jpg")
@@ -183,7 +194,7 @@ def test_the_same_images_again_are_found_and_others_refused(tmp_path: Path) -> N
         (RGB[:0], "is empty"),
         ([RGB[0], RGB[1] / 255], r"^Item 1 of a list of 2 images is an array of type float64"),
         ([RGB[0], RGB], r"^Item 1 of a list of 2 images is an array of type uint8 and shape \(5,"),
-        ([RGB[0], "a.jpg"], "^Item 1 of a list of 2 images is of the type str"),
+        ([RGB[0], "a.jpg"], "^Item 1 of a list of 2 images is a path, and item 0 is an image"),
         (
             [(RGB[0], 1), (RGB[1], 0.5)],
             "^Item 1 of a list of 2 images has the label 0.5, which holds fractions",

@@ -8,6 +8,8 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from PIL import Image
+from torch.utils.data import Subset
 
 from raysl.errors import UserError
 from raysl.ingestion import IngestConfig, ingest, pipeline
@@ -26,6 +28,37 @@ def test_a_list_of_files(tmp_path: Path) -> None:
     labelled = ingest([(Path(files[0]), 1), (files[1], 0)], str(tmp_path / "labelled"))
     assert labelled.labels().tolist() == [1, 0]
     assert labelled.folder.list() == ["labels.parquet", "manifest.json", "shards"]
+
+
+class Files(list[Any]):
+    """A data set of torch of files and the numbers of their classes."""
+
+    classes = ("cat", "ape", "dog")
+
+
+def test_a_data_set_of_files_names_its_classes(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "b.jpg")
+    for number, source in enumerate(
+        (
+            Files([(tmp_path / "b.jpg", 2, "more"), (str(tmp_path / "a.jpg"), np.int64(0), "more")]),
+            Subset(Files([(tmp_path / "b.jpg", 2), (tmp_path / "a.jpg", 0)]), [0, 1]),  # type: ignore[arg-type]
+        )
+    ):
+        made = ingest(source, str(tmp_path / str(number)))
+        assert (made.manifest.classes, made.labels().tolist()) == (Files.classes, [2, 0])
+    named = ingest(Files([(tmp_path / "b.jpg", "x"), (tmp_path / "a.jpg", "y")]), str(tmp_path / "named"))
+    assert (named.manifest.classes, named.labels().tolist()) == (("x", "y"), [0, 1])
+
+
+@pytest.mark.parametrize("other", [Image.new("L", (3, 3)), 3, (Image.new("L", (3, 3)), 1)])
+def test_a_list_of_files_and_images_is_refused(tmp_path: Path, other: Any) -> None:
+    put(tmp_path, "a.jpg")
+    kind = "int" if other == 3 else "Image"
+    says = f"^Item 1 of a list of 2 files is of the type {kind}, .* All items must be paths, or all images"
+    with pytest.raises(UserError, match=says):
+        ingest([tmp_path / "a.jpg", other], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="holds a label, and labels= is given too"):
+        ingest([(tmp_path / "a.jpg", 1)], str(tmp_path / "out"), labels=[1])
 
 
 class NAType:
@@ -56,6 +89,8 @@ def test_a_label_of_a_list_that_names_no_class_is_refused(tmp_path: Path, label:
     with pytest.raises(UserError, match=says):
         ingest([(tmp_path / "a.jpg", label)], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    none = IngestConfig(labels="none")
+    assert not ingest([(tmp_path / "a.jpg", label)], str(tmp_path / "none"), none).has_labels
 
 
 def test_a_list_that_names_missing_files_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -180,6 +215,16 @@ def test_what_was_given_is_printed_and_no_file_of_raysl(
         ingest([(files[0], "x"), (files[1], None), (files[1], "y")], str(tmp_path / "twice"))
     assert "_source" not in caplog.text
     assert "parquet" not in caplog.text
+
+
+def test_a_column_of_splits_of_an_object_is_told_without_a_split_to_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"image": [jpeg(1), jpeg(2)], "split": ["train", "test"]})
+    with caplog.at_level("INFO", "raysl.ingestion"):
+        ingest(frame, str(tmp_path / "out"))
+    assert "all values of the column 'split' together\n" in caplog.text
 
 
 def test_other_objects_are_refused(tmp_path: Path) -> None:

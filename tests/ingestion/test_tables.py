@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,9 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from raysl.ingestion import splits
-from tests.ingestion.reading import jpeg, labels, opened, put, refused
+from raysl.ingestion import splits, tables
+from raysl.ingestion.sources import Place, UnitSize, open_source
+from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused
 
 
 def images(count: int) -> list[dict[str, Any]]:
@@ -417,6 +419,39 @@ def test_a_column_of_splits(tmp_path: Path) -> None:
     assert splits(str(tmp_path / "list.csv")) == (f"{tmp_path}/list.csv#train", f"{tmp_path}/list.csv#test")
     put(tmp_path, "plain.csv", data=b"path,label\n0.jpg,a\n1.jpg,b\n")
     assert "together" not in opened(tmp_path / "plain.csv")[0].table("plain.csv")
+
+
+def test_rows_of_a_split_keep_their_names_and_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("train", "a"), ("test", "b"), ("test", "a"), ("train", "b"), (None, "a"), ("test", "b")]
+    columns = dict(zip(("fold", "label"), map(list, zip(*rows, strict=True)), strict=True))
+    table = pa.table({"image": [jpeg(20 * i) for i in range(6)], **columns})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    every = {row.path: row.image for row in opened(tmp_path / "t.parquet")[1]}
+    counts = Mock(side_effect=tables.Table.counted, autospec=True)
+    monkeypatch.setattr(tables.Table, "counted", lambda self: counts(self))
+    found, some = opened(f"{tmp_path}/t.parquet#test", UnitSize(1, 1 << 20))
+    assert found.images == 3
+    assert [(row.path, row.image) for row in some] == [list(every.items())[i] for i in (1, 2, 5)]
+    assert counts.call_count == 1
+
+
+def test_a_table_is_opened_once_and_its_splits_are_read_if_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        table = pa.table({"image": [jpeg(number)] * 2, "split": ["train", "val"]})
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+    opening = Mock(side_effect=tables.opened)
+    reading = Mock(side_effect=tables.Table.column, autospec=True)
+    monkeypatch.setattr(tables, "opened", opening)
+    monkeypatch.setattr(tables.Table, "column", lambda self, name: reading(self, name))
+    one = open_source(Place.parse(str(tmp_path)))
+    assert (opening.call_count, reading.call_count) == (3, 0)
+    next(one.source.units(SMALL))
+    assert one.source.found.splits == ("train", "val")
+    assert splits(str(tmp_path)) == (str(tmp_path), str(tmp_path))
 
 
 def test_negative_numbers_are_no_labels_in_a_column_with_leading_zeros(tmp_path: Path) -> None:

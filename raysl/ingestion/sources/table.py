@@ -95,9 +95,10 @@ class Source:
         many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
         self.found.layout = "" if place.called else f"{many} ({', '.join(sorted(kinds))})"
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
-            self._columns = list(pool.map(self._columns_of, self._files))
+            columns, of_splits = zip(*pool.map(self._columns_of, self._files), strict=True)
+        self._columns: list[Columns] = list(columns)
         self._reconcile()
-        self._choose_rows()
+        self._choose_rows({*of_splits})
         self.name = place.called or str(replace(place, split=self.found.split))
         self.encoded_here = self._columns[0].is_video
         self.clips: dict[str, Any] = {}
@@ -109,10 +110,11 @@ class Source:
     def _where(self, file: File) -> str:
         return self._place.called or file.path or self._place.uri
 
-    def _columns_of(self, file: File) -> Columns:
+    def _columns_of(self, file: File) -> tuple[Columns, str]:
+        """Return the columns of a file, and its column that names splits; "" for none."""
         config, where = self._place.config, self._where(file)
         with self._opened(file) as table:
-            schema = table.schema
+            schema, of_splits = table.schema, tables.split_column(table.schema)
             image, is_file_name = _image_column(schema, where, config.image_column)
             is_video = _is_video(table, image, is_file_name)
         parts = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
@@ -120,28 +122,37 @@ class Source:
         if config.labels != "none":
             label = labels.find([*schema.names, *parts], config.label_column, f"The table {where!r}")
         if label in parts and label not in schema.names:
-            return Columns(image, label, None, is_file_name, unquote(parts[label]), is_video)
+            return Columns(image, label, None, is_file_name, unquote(parts[label]), is_video), of_splits
         names = labels.names_in(schema, label) if label else None
-        return Columns(image, label, names, is_file_name, is_video=is_video)
+        return Columns(image, label, names, is_file_name, is_video=is_video), of_splits
 
     def _opened(self, file: File) -> AbstractContextManager[tables.Table]:
         return tables.opened(self._place.uri, file.path, self._only)
 
-    def _choose_rows(self) -> None:
-        """Read the rows of one split, if a column tells it and no name of a file does; without a split, all rows."""
-        columns, values = set(), set()
-        for file in () if self.found.splits else self._files:
-            with self._opened(file) as table:
-                column = tables.split_column(table.schema)
-                columns.add(column)
-                for part in table.column(column) if column else ():
-                    values.update(tables.as_texts(part).unique().to_pylist())
-        named = sorted(filter(None, values)) if len(columns) == 1 else []
-        if named:
-            self.found.split_column, self.found.splits = columns.pop(), tuple(named)
+    def _choose_rows(self, of_splits: set[str]) -> None:
+        """Read the rows of one split, if a column tells it and no name of a file does; without a split, all rows.
+
+        Args:
+            of_splits: the columns that name splits, "" for a file without one.
+        """
+        if not self.found.splits and len(of_splits) == 1:
+            self.found.split_column = of_splits.pop()
         if self._place.split and not self.found.split:
-            self.found.split = choose_split(self._place, named)
+            self._name_splits()
+            self.found.split = choose_split(self._place, [*self.found.splits])
             self._only = self.found.split_column, self.found.split
+
+    def _name_splits(self) -> None:
+        """Read the values of the column of splits, if there is one, of all files."""
+        if self.found.split_column:
+            with ThreadPoolExecutor(_IN_PARALLEL) as pool:
+                values = set[str | None]().union(*pool.map(self._splits_of, self._files))
+            self.found.splits = tuple(sorted(filter(None, values)))
+
+    def _splits_of(self, file: File) -> set[str | None]:
+        with self._opened(file) as table:
+            parts = table.column(self.found.split_column)
+            return set[str | None]().union(*(tables.as_texts(part).unique().to_pylist() for part in parts))
 
     def _reconcile(self) -> None:
         """Raise UserError, which names two files, if not all files have the same columns."""
@@ -187,11 +198,13 @@ class Source:
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         self._check_file_names()
+        if not self._only:
+            self._name_splits()
         classes = self._count_classes()
         self.found.images = 0
         for file, columns in zip(self._files, self._columns, strict=True):
             with self._opened(file) as table:
-                groups = table.groups
+                groups = table.counted()
             spec = {
                 "root": self._place.uri,
                 "path": file.path,
@@ -274,7 +287,7 @@ class Source:
         found: list[str | None] = []
         with self._opened(file) as table:
             if columns.constant is not None:
-                return [columns.constant] * sum(rows for rows, _ in table.groups), "names"
+                return [columns.constant] * sum(rows for rows, _ in table.counted()), "names"
             for values in table.column(columns.label):
                 found += labels.as_classes(values, columns.names).to_pylist()
             kind = table.schema.field(columns.label).type
@@ -352,18 +365,15 @@ def read(unit: Unit) -> Iterator[Row]:
     only = spec.get("only")
     with tables.opened(spec["root"], spec["path"], tuple(only) if only else None) as table:
         for group in range(*spec["groups"]):
-            row, where = 0, f"{place}, row group {group}, row"
+            first, where = 0, f"{place}, row group {group}, row"
             if spec.get("is_object"):
-                row, where = sum(rows for rows, _ in table.groups[:group]), "item"
-            for batch in table.read(group, wanted):
-                for found in _rows(batch, columns, spec, where, row):
+                first, where = sum(rows for rows, _ in table.groups[:group]), "item"
+            for batch, numbers in table.numbered(group, wanted):
+                for found in _rows(batch, columns, spec, [f"{where} {first + number}" for number in numbers]):
                     yield from video.clips(found, video.Sampling(*sampling)) if sampling else [found]
-                row += batch.num_rows
 
 
-def _rows(
-    batch: pa.RecordBatch, columns: Columns, spec: dict[str, Any], place: str, first: int
-) -> Iterator[Row]:
+def _rows(batch: pa.RecordBatch, columns: Columns, spec: dict[str, Any], places: list[str]) -> Iterator[Row]:
     images = batch.column(columns.image)
     classes = [columns.constant if columns.label else None] * len(images)
     if columns.label and columns.constant is None:
@@ -377,9 +387,9 @@ def _rows(
         if images.type.get_field_index("path") >= 0:
             names = pc.struct_field(images, "path").to_pylist()
         images = pc.struct_field(images, "bytes")
-    for i, (image, label, name) in enumerate(zip(images, classes, names, strict=True)):
+    for image, label, name, place in zip(images, classes, names, places, strict=True):
         if name and not image.is_valid and spec["follow_links"]:
             yield read_named(spec, name, label)
             continue
-        path = f"{place} {first + i}" + (f" ({name})" if name else "")
+        path = place + (f" ({name})" if name else "")
         yield Row(image.as_py(), label, path, "the image column has no bytes in this row")
