@@ -5,7 +5,7 @@ file, and comes by one of three ways:
 
 - a folder added to the `__path__` of the room's package;
 - an entry point of an installed package, in the group "raysl.objectives", "raysl.pretext" or "raysl.probes";
-- its name, a path or a dotted name, in `--plugin`, `plugin=` or RAYSL_PLUGINS; see `use`.
+- its path or dotted name, in `--plugin`, `plugin=` or RAYSL_PLUGINS; see `use`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,7 @@ _give_way: set[tuple[str, str]] = set()
 
 
 def names(room: str) -> list[str]:
-    """Return the names of all files of a room, sorted.
-
-    Args:
-        room: dotted name of its package, such as "raysl.pretext".
-    """
+    """Return the names of all files of a room, the dotted name of its package, sorted."""
     _add_trusted()
     inside = [name for package in _PACKAGES.get(room, (room,)) for name in _files(package)]
     return sorted({*inside, *_entry_points(room), *_added.get(room, {})})
@@ -131,8 +127,9 @@ def use(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tup
 
 def _add_trusted() -> None:
     """Add the plugins in RAYSL_PLUGINS, which may name other code too, such as backbones, and files that are gone."""
-    there = [name for name in _trusted() if not name.endswith(".py") or Path(name).is_file()]
-    for name in (name for name in there if name not in _tried):
+    for name in _trusted():
+        if name in _tried or (name.endswith(".py") and not Path(name).is_file()):
+            continue
         _tried.add(name)
         try:
             found = import_module(name)
@@ -244,11 +241,7 @@ def _trusted_place(name: str, run: str, source: str) -> str:
 
 
 def moved(name: str, places: Mapping[str, str]) -> str:
-    """Return "MODULE:NAME" of a run with the place of its module now; any other name as it is.
-
-    Args:
-        places: see `check_trusted`.
-    """
+    """Return "MODULE:NAME" of a run with the place of its module now, of `check_trusted`; any other name as it is."""
     module, colon, attribute = name.rpartition(":")
     return f"{places.get(module, module)}{colon}{attribute}"
 
@@ -268,24 +261,18 @@ def remembered(path_or_name: str) -> str:
 
 def _add(room: str, name: str, member: ModuleType, gives_way: bool = False) -> None:
     """Add a file to its room. One that RAYSL_PLUGINS names gives way to one that a command or a run names."""
-    there = names(room)
-    known = _added[room].get(name)
-    if (room, name) in _give_way and not gives_way:
-        _give_way.discard((room, name))
-        _added[room][name] = member
-        return
-    if known is None and name in there:
+    there, known = names(room), _added[room].get(name)
+    is_other = known is not None and known.__file__ != member.__file__
+    if (known is None and name in there) or (is_other and (gives_way or (room, name) not in _give_way)):
         raise UserError(
-            f"The plugin {member.__file__} has the name {name!r}, which {room} has already. Rename the file and its "
-            "class."
-        )
-    if known is not None and known.__file__ != member.__file__:
-        raise UserError(
-            f"The plugins {known.__file__} and {member.__file__} have the same name, {name!r}. Rename one of them."
+            f"The plugin {member.__file__} has the name {name!r}, which {known.__file__ if known else room} has "
+            "already. Rename the file and its class."
         )
     _added[room][name] = member
     if gives_way and known is None:
         _give_way.add((room, name))
+    elif not gives_way:
+        _give_way.discard((room, name))
 
 
 def _room(member: ModuleType) -> str:

@@ -268,7 +268,7 @@ def test_a_file_that_is_named_goes_before_one_of_the_environment(
     assert "upside_down" in pretext.names()
     plugins.use(other)
     assert plugins.module(plugins.PRETEXT, "upside_down", "transform").__file__ == str(other)
-    with pytest.raises(UserError, match="have the same name"):
+    with pytest.raises(UserError, match=r"which .* has already"):
         plugins.use(file)
 
 
