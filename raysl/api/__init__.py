@@ -135,7 +135,7 @@ def probe(
         layers: "all" is conv1, res2 to res5 and pooled.
         encoders: of a run, any of these and "momentum"; see `raysl.evaluation.options.ProbeConfig`.
         out: folder of the rows and features; by default that of the run. Required for weights.
-        image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
+        image_size: side of the view in pixels, for weights only; 0 for that of an export, 224 for other weights, or 32.
         backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
         seed, bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
         plugin: your own files or modules that define probes, or that the run uses.
