@@ -24,7 +24,7 @@ from raysl.api.arguments import (
     unseen,
     uri,
 )
-from raysl.api.names import check_names, protocols_of, sweep_and_run, varied
+from raysl.api.names import check_names, protocols_of, sweep_and_run, title_of, varied
 from raysl.api.results_folder import check_writable
 from raysl.errors import UserError
 
@@ -155,7 +155,7 @@ def probe(
     from raysl.extraction import encoder_by_name
 
     source = encoder_by_name(name := uri(checkpoint), network, seed)
-    title = f"{name.rpartition('/')[2]} ({getattr(source, 'config', network).name})"
+    title = f"{title_of(name)} ({getattr(source, 'config', network).name})"
     choices = probes, layers, encoders, configs, bn_statistics
     config = options.ProbeConfig(*choices, os.fspath(out), image_size=image_size, seed=seed)
     evaluate.check_before_data(source, title, config)
