@@ -94,21 +94,31 @@ def explained(
 
 @contextlib.contextmanager
 def blamed() -> Iterator[None]:
-    """Turn an error that the code of a plugin raises in the block into a UserError with the plugin's file and line."""
+    """Turn an error that the code of a plugin raises in the block into a UserError with the plugin's file and line.
+
+    Errors of the machine pass as they are: of a disk or a network, of memory, and of exchanges between workers.
+    """
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, OSError):
         raise
     except Exception as error:
         frames = list(traceback.walk_tb(error.__traceback__))
         own = [(frame.f_code, line) for frame, line in frames if _is_of_plugin(frame)]
-        if not own or type(error).__name__ == "OutOfMemoryError":
+        of_machine = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
+        if not own or of_machine or any(_exchanges(frame) for frame, _ in frames):
             raise
         code, line = own[-1]
         raise UserError(
             f"The code in {code.co_filename!r} failed in line {line}, in {code.co_name!r}: {type(error).__name__}: "
             f"{error}. Correct the file, and give the command again."
         ) from error
+
+
+def _exchanges(frame: FrameType) -> bool:
+    """Return True for code that waits for other workers, of which one may be lost."""
+    name = str(frame.f_globals.get("__name__", ""))
+    return name.startswith(("torch.distributed.", "raysl.communication."))
 
 
 def _is_of_plugin(frame: FrameType) -> bool:

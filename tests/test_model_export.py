@@ -242,6 +242,33 @@ def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Pat
     assert "0.1234" not in card
 
 
+@pytest.mark.parametrize(
+    ("norm", "num_images", "answer"),
+    [
+        ("batch", 8, "| BatchNorm | statistics of images of the data set `test-8-16-0` |"),
+        ("batch", 1, "| BatchNorm | statistics of pretraining;"),
+        ("group", 8, "| BatchNorm | none in this network |"),
+    ],
+)
+def test_the_card_says_which_statistics_there_are(
+    norm: Any, num_images: int, answer: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    images = str(make_dataset(tmp_path / "images", num_images).folder)
+    run = made(tmp_path, BackboneConfig(norm=norm))
+    assert answer in export(run, ExportConfig("safetensors", bn_images=images)).read(CARD).decode()
+
+
+def test_an_export_that_is_cut_off_leaves_no_card_of_other_weights(
+    resnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = export(resnet, ExportConfig("torchvision", out=str(tmp_path)))
+    monkeypatch.setattr("raysl.model_export.write_record", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(resnet, ExportConfig("torchvision", out=str(tmp_path)))
+    assert not out.exists(CARD)
+
+
 def test_names_from_rows_are_no_markup_on_the_card(resnet: Run, tmp_path: Path) -> None:
     row = {**ROW, "step": 5}
     write_rows(resnet.folder, [{**row, "name": "<b>|\n# owned", "layer": "[a](b)"}])

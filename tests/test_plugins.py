@@ -417,6 +417,20 @@ def test_a_method_of_raysl_is_not_blamed() -> None:
         1 / 0  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("open('/nowhere/to/be/found')", FileNotFoundError),
+        ("from torch import distributed; distributed.all_reduce(None)", TypeError),
+    ],
+)
+def test_an_error_of_the_machine_below_a_plugin_passes(line: str, error: type[Exception]) -> None:
+    names: dict[str, Any] = {"__name__": "raysl_plugin_mine"}
+    exec(f"def work():\n    {line}\n", names)
+    with pytest.raises(error), blamed():
+        names["work"]()
+
+
 def test_the_example_of_an_objective_trains(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "set", 40)
     given: dict[str, Any] = {

@@ -24,7 +24,7 @@ from raysl.api.arguments import (
     unseen,
     uri,
 )
-from raysl.api.names import check_names, protocols_of, sweep_and_run, varied
+from raysl.api.names import check_names, protocols_of, sweep_and_run, title_of, varied
 from raysl.api.results_folder import check_writable
 from raysl.errors import UserError
 
@@ -135,7 +135,7 @@ def probe(
         layers: "all" is conv1, res2 to res5 and pooled.
         encoders: of a run, any of these and "momentum"; see `raysl.evaluation.options.ProbeConfig`.
         out: folder of the rows and features; by default that of the run. Required for weights.
-        image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
+        image_size: side of the view in pixels, for weights only; 0 for that of an export, 224 for other weights, or 32.
         backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
         seed, bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
         plugin: your own files or modules that define probes, or that the run uses.
@@ -155,7 +155,7 @@ def probe(
     from raysl.extraction import encoder_by_name
 
     source = encoder_by_name(name := uri(checkpoint), network, seed)
-    title = f"{name.rpartition('/')[2]} ({getattr(source, 'config', network).name})"
+    title = f"{title_of(name)} ({getattr(source, 'config', network).name})"
     choices = probes, layers, encoders, configs, bn_statistics
     config = options.ProbeConfig(*choices, os.fspath(out), image_size=image_size, seed=seed)
     evaluate.check_before_data(source, title, config)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,15 @@ from raysl.errors import UserError
 if TYPE_CHECKING:
     from raysl.api.arguments import PathLike
     from raysl.config import Pretraining
+
+
+def title_of(name: str) -> str:
+    """Return what reports call weights: the last part of their place, and two more before a folder named by its format.
+
+    The default folder of every export is RUN/export/FORMAT.
+    """
+    folder = re.search(r"(?:^|/)((?:[^/]+/){1,2}(?:torchvision|timm|safetensors|onnx))/*$", name)
+    return folder[1] if folder else name.rstrip("/").rpartition("/")[2]
 
 
 def check_names(

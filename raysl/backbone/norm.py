@@ -170,6 +170,11 @@ def _batch_norm(norm: _BatchNorm, parts: Sequence[Tensor]) -> list[Tensor]:
 STATISTICS_IMAGES = 2048
 
 
+def with_statistics(network: nn.Module) -> list[_BatchNorm]:
+    """Return every BatchNorm that keeps running statistics."""
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every BatchNorm by their mean over batches; the network ends in eval mode.
 
@@ -181,7 +186,7 @@ def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: at least one, of equal size, each as the network takes it.
     """
     network.eval()
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = with_statistics(network)
     if not norms:
         return
     momenta = [module.momentum for module in norms]

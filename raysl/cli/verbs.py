@@ -112,7 +112,8 @@ class ProbeFlags:
         encoders: encoders of a run to measure: "trained", "random" (the untrained backbone), "pixels", and "momentum"
             (the moving average of the backbone that BYOL, MoCo and DINO keep).
         out: folder for the results and features; default: the folder of the run. Required if the model is not a run.
-        image_size: side of the view in pixels, for a model that is not a run; 0 means 224 for a weights file, else 32.
+        image_size: side of the view in pixels, for a model that is not a run; 0 for that of an export, 224 for other
+            weights, else 32.
         backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
         seed: seed of "random", and of the probes of a weights file.
         bn_statistics: statistics of BatchNorm: "reestimated" on whole train images, without labels, or "kept" from

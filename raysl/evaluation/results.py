@@ -343,11 +343,11 @@ def _findings(name: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]], num_test: int) -> str:
     called = {"random": "the untrained network", "pixels": "raw pixels"}
-    margins = [_margin(trained, row, num_test) for row in others]
+    margins = [margin(row["name"], (trained["value"], row["value"]), num_test) for row in others]
     found: dict[str, list[str]] = {"better": [], "not clearly better": [], "worse": []}
-    for row, margin in zip(others, margins, strict=True):
+    for row, chance in zip(others, margins, strict=True):
         ahead = trained["value"] - row["value"]
-        how = "better" if ahead > margin else "worse" if ahead < -margin else "not clearly better"
+        how = "better" if ahead > chance else "worse" if ahead < -chance else "not clearly better"
         found[how].append(f"{called[row['encoder']]} ({shown(row)})")
     listed = " and ".join(f"{how} than {' and '.join(texts)}" for how, texts in found.items() if texts)
     if len(found["better"]) == len(others):
@@ -360,9 +360,8 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
     return f"By {name}, the trained network ({shown(trained)}) is {listed}."
 
 
-def _margin(one: Mapping[str, Any], other: Mapping[str, Any], num_test: int) -> float:
-    """Return two standard errors of the difference of two accuracies; 0 for other measures."""
-    if not num_test or not one["name"].startswith("top"):
+def margin(measure: str, values: tuple[float, float], num_images: int) -> float:
+    """Return two standard errors of the difference of two accuracies on independent images; 0 for other measures."""
+    if not num_images or not measure.startswith("top"):
         return 0.0
-    variance: float = sum(row["value"] * (1 - row["value"]) for row in (one, other))
-    return 2 * math.sqrt(variance / num_test)
+    return 2 * math.sqrt(sum(value * (1 - value) for value in values) / num_images)

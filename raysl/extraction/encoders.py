@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -245,7 +246,8 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
     Args:
         name: folder of a run, for its newest checkpoint; `RUN/checkpoints/step-NNN` for another; a weights file or a
             folder of `raysl export`; "random" for an untrained backbone; "pixels".
-        config: the backbone of a weights file, or of "random"; the default is replaced by what an export states.
+        config: the backbone of a weights file, or of "random". The default is replaced by what a folder of an export,
+            or raysl in or beside a file, states.
         seed: seed of "random".
 
     Raises:
@@ -257,11 +259,19 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
         return Pixels()
     if found := find_checkpoint(name):
         return Trained(*found)
-    name = name.rstrip("/")
-    stated, side = None, 0
-    if config == BackboneConfig():
-        _, stated, side = exports.find(name)
-    return Weights(exports.weights_in(name), stated or config, image_size=side)
+    return _weights(name.rstrip("/"), config)
+
+
+def _weights(name: str, config: BackboneConfig) -> Weights:
+    """Return the encoder of a weights file or of a folder of an export. Raises UserError as `encoder_by_name`."""
+    file, stated, side = exports.weights_in(name), None, 0
+    is_given = config != BackboneConfig()
+    # What is stated for a backbone that is given is its image size, which need not be readable.
+    with contextlib.suppress(*([UserError] if is_given else [])):
+        _, stated, side = exports.find(name, of_timm=is_given or file != name)
+    config = config if is_given else stated or config
+    fits = stated is not None and replace(stated, weights=config.weights) == config
+    return Weights(file, config, image_size=side if fits else 0)
 
 
 def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
@@ -302,7 +312,7 @@ def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
 
 
 def view_size(source: Encoder) -> int:
-    """Return the default side of the evaluation view in pixels: that of the run, 224 for a weights file, else 32."""
+    """Return the default side of the evaluation view in pixels: that of a run or export, 224 for weights, else 32."""
     if isinstance(source, Trained):
         return source.run.config().view.image_size
     return (source.image_size or _PUBLISHED_SIZE) if isinstance(source, Weights) else _PIXELS_SIZE

@@ -33,16 +33,20 @@ def weights_in(name: str) -> str:
     return name
 
 
-def find(name: str) -> tuple[str, BackboneConfig | None, int]:
-    """Return the weights file of a folder or file, and the backbone and image size that are stated with it."""
+def find(name: str, of_timm: bool = True) -> tuple[str, BackboneConfig | None, int]:
+    """Return the weights file of a folder or file, and the backbone and image size that are stated with it.
+
+    Args:
+        of_timm: whether a `config.json` of timm states them, and not only what raysl wrote.
+    """
     name = weights_in(name)
     if name.startswith(_WEB):
         return name, None, 0
     place, _, _ = str(Folder(name)).rpartition("/")
-    return name, *(_beside(Folder(place or "/")) or _from_safetensors(name) or (None, 0))
+    return name, *(_beside(Folder(place or "/"), of_timm) or _from_safetensors(name) or (None, 0))
 
 
-def _beside(folder: Folder) -> tuple[BackboneConfig, int] | None:
+def _beside(folder: Folder, of_timm: bool) -> tuple[BackboneConfig, int] | None:
     """Return what raysl or timm wrote beside the weights."""
     try:
         if folder.exists(SETTINGS):
@@ -52,8 +56,10 @@ def _beside(folder: Folder) -> tuple[BackboneConfig, int] | None:
                 places = plugins.check_trusted([module], str(folder))
                 backbone["name"] = plugins.moved(backbone["name"], places)
             return BackboneConfig(**backbone), int(stated["image_size"])
-        if folder.exists("config.json"):
+        if of_timm and folder.exists("config.json"):
             stated = json.loads(folder.read("config.json"))
+            if "architecture" not in stated:  # of another library
+                return None
             cfg = stated.get("pretrained_cfg", {})
             tag = f".{cfg['tag']}" if cfg.get("tag") else ""
             size = int(cfg.get("input_size", (0,))[-1])

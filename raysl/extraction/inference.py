@@ -144,7 +144,7 @@ def load(
             weights file, "random" or "pixels".
         backbone: name or configuration of the backbone of a weights file, or of "random", or a mapping of its fields.
             An exported folder, a safetensors file of raysl and a folder of timm state it themselves.
-        image_size: side of the view in pixels; 0 for that of the run, 224 for a weights file, else 32.
+        image_size: side of the view in pixels; 0 for that of a run or export, 224 for other weights, else 32.
         seed: of "random".
         device: such as "cuda:1"; "" for the first GPU, or the CPU if there is none.
         bn_images: images from which BatchNorm takes its statistics, as probes take those of their train images; a data

@@ -74,12 +74,13 @@ def export(run: Run, config: ExportConfig) -> Folder:
                 f"The folder {str(out)!r} holds other weights, {others[0]!r}, which would be taken for these. Give "
                 "another --out, or delete that file."
             )
+        out.delete(CARD)  # It would describe other weights if this program ended now.
         for name, data in files.items():
             out.write(name, data)
         settings = {"backbone": asdict(pretraining.backbone), "image_size": side}
         write_record(out, extraction.SETTINGS, settings)  # For raysl.load.
         if not run.is_finished():
             _log.info("The run is not finished: these are the weights of step %d.", step)
-        card = model_card(run, backbone, step, form, images.manifest.fingerprint if images else "")
+        card = model_card(run, backbone, step, form, images)
         out.write(CARD, card.encode())
     return out

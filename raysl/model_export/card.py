@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from raysl.backbone import norm
 from raysl.backbone.network import Backbone
 from raysl.config import Pretraining
 from raysl.config.command import command
+from raysl.dataset import DataSet
 from raysl.errors import counted
 from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.model_export.formats import is_torchvision, is_usual_inside, timm_name, timm_options
@@ -134,12 +136,12 @@ def _without(backbone: Backbone, config: Pretraining) -> str:
     )
 
 
-def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: str = "") -> str:
+def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: DataSet | None = None) -> str:
     """Return the card of the weights of a step.
 
     Args:
         form: format of the weights.
-        bn_images: fingerprint of the data set from which BatchNorm took its statistics; "" for those of pretraining.
+        bn_images: the data set that `raysl.extraction.Reestimated` was given; None for the statistics of pretraining.
     """
     config, data = run.config(), run.metadata()["data"]
     # The last identity has replaced the head.
@@ -161,12 +163,21 @@ def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: st
         images=data["num_images"],
         fingerprint=code_span(data["fingerprint"]),
         seed=config.seed,
-        statistics=f"statistics of images of the data set {code_span(bn_images)}" if bn_images else _KEPT,
+        statistics=_statistics(backbone, bn_images),
         **{name: pixels[name] for name in ("size", "short")},
         use=use.format(**pixels) + (_HEARS if "audio_visual" in config.parts else ""),
         probes=_probes(run, step),
         command=code_block(command(config)),
     )
+
+
+def _statistics(backbone: Backbone, images: DataSet | None) -> str:
+    """Return where BatchNorm has its statistics from."""
+    if not norm.with_statistics(backbone):
+        return "none in this network"
+    if images is None or images.num_images < 2:
+        return _KEPT
+    return f"statistics of images of the data set {code_span(images.manifest.fingerprint)}"
 
 
 def _probes(run: Run, step: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from raysl.config import Pretraining
-from raysl.errors import UserError, blamed
+from raysl.errors import UserError
 from raysl.fields import Checked
 from raysl.ingestion import on_local_disk
 from raysl.ray_cluster import gpus, this_machine
@@ -100,7 +100,6 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
         signals.caught(progress.stop.set) as stop,
         DataProcesses(processes) as data,
         _torch_settings(job.placement.threads_per_worker, on_gpu),
-        blamed(),
     ):
         try:
             worker = Worker(job, torch.device("cuda" if on_gpu else "cpu"), progress, data.columns)

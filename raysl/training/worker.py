@@ -26,7 +26,7 @@ from raysl.communication import collective
 from raysl.config import Pretraining
 from raysl.contrastive.bank import MemoryBank
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, blamed
 from raysl.model import Model
 from raysl.objectives import AfterEpoch, AfterStep, Alternates, Loss
 from raysl.ray_cluster.placement import Placement
@@ -136,11 +136,13 @@ class Worker:
             "step": self.step,
         }
 
+    @blamed()
     def train(self) -> None:
         """Train from the restored step to the end of the job, or until the worker group is asked to stop.
 
         Raises:
-            UserError: the loss is no longer finite, a checkpoint cannot be written, or the data set is damaged.
+            UserError: the loss is no longer finite, a checkpoint cannot be written, the data set is damaged, or
+                code of the user fails.
         """
         log = MetricsLog(self.job.run, self.step) if self.rank == 0 else None
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raysl import probes
 from raysl.config import Pretraining
 from raysl.errors import UserError, counted
+from raysl.evaluation.results import margin
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME, Journal
@@ -170,9 +171,8 @@ class SweepResults:
             return None
         row = self.scores[best, self.config.seeds[0], self.num_rungs - 1]
         accuracy, images = self.means(best)[-1], int(row.get("num_images", 0))
-        if not images or not str(row["metric"]).startswith("top"):
-            return None
-        return images, 2 * sqrt(2 * accuracy * (1 - accuracy) / images)
+        by_chance = margin(str(row.get("metric", "")), (accuracy, accuracy), images)
+        return (images, by_chance) if by_chance else None
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each trial: those that came farthest first, and among them the best.
@@ -261,12 +261,12 @@ def doubts(results: SweepResults) -> list[str]:
         return []
     score = results.means(best)[-1]
     if found := results.margin():
-        images, margin = found
+        images, most = found
         others = [n for n in results.trials if results.state(n) == "finished" and n != best]
-        near = sum(score - results.means(n)[-1] < margin for n in others)
+        near = sum(score - results.means(n)[-1] < most for n in others)
         if near:
             sentences.append(
-                f"With {counted(images, 'validation image')}, a difference of {number(margin)} may be chance: "
+                f"With {counted(images, 'validation image')}, a difference of {number(most)} may be chance: "
                 f"{near} of the {counted(len(others), 'other finished trial')} may be as good."
             )
     beaten = {"random": "the untrained network", "pixels": "raw pixels"}

@@ -19,6 +19,7 @@ from raysl.evaluation.results import (
     ROWS,
     add_rows,
     describe_images,
+    margin,
     rows_of,
     shown,
     tables,
@@ -195,6 +196,11 @@ def test_equal_measures_without_a_margin_are_not_called_chance() -> None:
     assert verdicts(rows, 100) == [
         "By x, the trained network (50.0 %) is not clearly better than the untrained network (50.0 %)."
     ]
+
+
+def test_the_margin_is_two_standard_errors_of_accuracies_only() -> None:
+    assert margin("top1", (0.5, 0.1), 100) == pytest.approx(2 * ((0.25 + 0.09) / 100) ** 0.5)
+    assert margin("mAP", (0.5, 0.1), 100) == margin("top1", (0.5, 0.1), 0) == 0
 
 
 def test_one_set_for_train_and_test_is_told() -> None:

@@ -235,9 +235,42 @@ def test_a_folder_of_an_export_states_its_backbone_and_size(tmp_path: Path) -> N
         assert isinstance(encoder, Weights)
         assert (encoder.config, view_size(encoder)) == (run.config().backbone, 16)
         check_encoder(encoder, ["res3"])
-    assert view_size(encoder_by_name(f"{out}/model.safetensors", RESNET)) == 224
+    assert (
+        view_size(encoder_by_name(str(out), RESNET)) == 224
+    )  # The size that is stated is of another network.
     with pytest.raises(UserError, match=r"lacks .* weights of the backbone 'resnet18'"):
         check_encoder(encoder_by_name(f"{out}/model.safetensors", RESNET), ["res3"])
+
+
+def test_a_backbone_that_is_given_and_stated_has_the_stated_size(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    file, stated = str(tmp_path / "model.safetensors"), {"backbone": "resnet18", "image_size": "64"}
+    safetensors.save_file(models.resnet18().state_dict(), file, stated)
+    assert [view_size(encoder_by_name(file, config)) for config in (BackboneConfig(), RESNET)] == [64, 64]
+    (tmp_path / "config.json").write_text('{"architecture"')
+    assert view_size(encoder_by_name(file, BackboneConfig("resnet34"))) == 224
+
+
+@pytest.mark.parametrize(
+    "beside", ['{"architectures": ["BertModel"]}', '{"architecture": "resnet18"}', "no JSON"]
+)
+def test_a_config_beside_a_plain_file_does_not_replace_a_backbone(beside: str, tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "weights.pth")
+    (tmp_path / "config.json").write_text(beside)
+    encoder = encoder_by_name(str(tmp_path / "weights.pth"), BackboneConfig())
+    assert isinstance(encoder, Weights)
+    assert (encoder.config.name, view_size(encoder)) == ("small", 224)
+
+
+def test_a_folder_of_timm_states_its_backbone(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(
+        '{"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 96, 96]}}'
+    )
+    for name, config in (("", BackboneConfig()), ("pytorch_model.bin", BackboneConfig("timm/resnet18"))):
+        encoder = encoder_by_name(str(tmp_path / name), config)
+        assert isinstance(encoder, Weights)
+        assert (encoder.config.name, view_size(encoder)) == ("timm/resnet18", 96)
 
 
 def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:
