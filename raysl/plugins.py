@@ -47,7 +47,8 @@ _give_way: set[tuple[str, str]] = set()
 
 def names(room: str) -> list[str]:
     """Return the names of all files of a room, the dotted name of its package, sorted."""
-    _add_trusted()
+    if room in ROOMS:
+        _add_trusted()
     inside = [name for package in _PACKAGES.get(room, (room,)) for name in _files(package)]
     return sorted({*inside, *_entry_points(room), *_added.get(room, {})})
 

@@ -240,6 +240,8 @@ def test_only_what_can_be_imported_of_the_trusted_code_is_listed(
     (tmp_path / "broken.py").write_text("1 / 0")
     names = [file, tmp_path / "network.py", tmp_path / "broken.py", tmp_path / "gone.py"]
     monkeypatch.setenv(plugins.TRUSTED, os.pathsep.join(map(str, names)))
+    plugins.names("raysl.ingestion.sources")  # Tasks that read files need no plugin, which may import torch.
+    assert not caplog.records
     assert "upside_down" in pretext.names()
     assert pretext.names()
     assert [record.getMessage().count("broken.py") > 0 for record in caplog.records] == [True]
