@@ -43,7 +43,7 @@ from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
 COMPARED = ("predict-jigsaw", "pirl-jigsaw", "predict-rotation", "pirl-rotation", "pirl-rotation+jigsaw")
-WIDTHS = ("usual", "wide")
+WIDTHS = ("narrow", "usual")
 # Share of the images that a short run sees, for the claim about saturation.
 SHORT = 0.1
 

@@ -156,9 +156,9 @@ CLAIMS = (
         "A wider network and more different images still help, for as many steps",
         "lecture 10-2, open question; Goyal et al. 2019, figure 2",
         _more(
-            "twice the width minus the usual, kNN",
-            f"saturation/wide-all/{PIRL}",
+            "the usual width minus half of it, kNN",
             f"saturation/usual-all/{PIRL}",
+            f"saturation/narrow-all/{PIRL}",
             "knn",
         ),
         _more(
