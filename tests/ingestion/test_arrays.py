@@ -198,6 +198,8 @@ def test_tables_whose_log_says_which_files_are_valid_are_refused(tmp_path: Path,
         (np.zeros(3, [("a", int)]), "is of type [('a', '<i8')]"),
         (np.array([b"a", b"b", b"a"]), ""),
         (np.array([[0], [1], [0]]), ""),
+        (np.array([0, 1, 0], ">i4"), ""),
+        (np.array([0, np.nan, 1]), "a.npz has an image without one, and 2 images have one"),
     ],
 )
 def test_labels_of_numpy(tmp_path: Path, values: Any, why: str) -> None:

@@ -355,6 +355,21 @@ def test_labels_in_the_names_of_folders(tmp_path: Path) -> None:
     assert (found.classes, [row.label for row in rows]) == ({"a b": 1, "c": 1}, ["a b", "c"])
 
 
+@pytest.mark.parametrize("value", ["__HIVE_DEFAULT_PARTITION__", "-1"])
+def test_folders_of_rows_without_a_label(tmp_path: Path, value: str) -> None:
+    for name in ("a", value):
+        (tmp_path / f"label={name}").mkdir()
+        pq.write_table(pa.table({"image": [jpeg()]}), tmp_path / f"label={name}" / "part-0.parquet")
+    found, rows = opened(tmp_path)
+    assert (found.classes, [row.label for row in rows]) == ({}, [None, None])
+    assert "part-0.parquet has an image without one, and 1 images have one" in found.labels
+
+
+def test_two_classes_of_one_name_stay_two(tmp_path: Path) -> None:
+    found, _ = opened(write(tmp_path / "x.parquet", [2, 0, 1, 1], ["crane", "dog", "crane"]))
+    assert found.classes == {"crane (0)": 1, "dog": 2, "crane (2)": 1}
+
+
 def test_save_to_disk_of_several_splits(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
