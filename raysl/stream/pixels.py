@@ -290,9 +290,7 @@ def _pages(image: Image.Image) -> tuple[list[int], set[int]]:
 def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, ranges: Ranges) -> Picture:
     deep = depth.deep_values(image, data, page)
     image.load()
-    # Formats whose decoder turns the image itself still state the orientation in EXIF. Most PNG files have none.
-    unturned = image.format == "JXL" or (image.format == "PNG" and not image.info.keys() & _ORIENTATION_KEYS)
-    orientation = 1 if unturned else image.getexif().get(_ORIENTATION, 1)
+    orientation = _orientation(image)
     if deep is not None:
         return _scaled(deep, orientation, config, ranges)
     rgb, transparent = _flat(image, config.background)
@@ -302,6 +300,17 @@ def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, rang
         ordinary=image.format in _STORED and not transparent,
         kind="transparent" if transparent else "",
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return how an image is to be turned, 1 to 8 as in EXIF."""
+    # Formats whose decoder turns the image itself still state the orientation in EXIF. Most PNG files have none.
+    if image.format == "JXL" or (image.format == "PNG" and not image.info.keys() & _ORIENTATION_KEYS):
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)  # type: ignore[no-any-return]
+    except Exception:  # Errors of many kinds on damaged notes, beside which the pixels are whole.
+        return 1
 
 
 def _flat(image: Image.Image, background: str) -> tuple[Image.Image, bool]:

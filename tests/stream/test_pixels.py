@@ -210,6 +210,12 @@ def test_orientation_far_behind_the_start_of_a_jpeg(note: bytes) -> None:
     assert off(turned, np.rot90(one(plain).pixels_hwc, -1)) <= 3
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_an_image_with_damaged_notes_is_read(file_format: str) -> None:
+    data = file(ramp(), file_format, exif=b"Exif\0\0damaged", **LOSSLESS[file_format])
+    assert off(one(data), ramp()) == 0
+
+
 def test_a_deep_image_is_turned_too() -> None:
     exif = Image.Exif()
     exif[274] = 6
@@ -392,7 +398,7 @@ def test_each_page_is_read_by_the_package_that_knows_its_type() -> None:
     assert [off(page, pixels_hwc) for page, pixels_hwc in expected] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
 def test_colors_that_were_multiplied_by_alpha_are_mixed_once(kind: Any) -> None:
     opaque = 1 if kind is np.float32 else np.iinfo(kind).max
     half = np.array([0.4, 0.2, 0, 0.4]) * opaque  # (1, 0.5, 0), of which four tenths are seen
