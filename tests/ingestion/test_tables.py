@@ -265,7 +265,7 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1]}), tmp_path / "y.parquet")
     assert "columns are a" in refused(tmp_path / "y.parquet")
     pq.write_table(pa.table({"images": [images(2)]}), tmp_path / "z.parquet")
-    assert "0 columns that may hold encoded images" in refused(tmp_path / "z.parquet")
+    assert "no column of encoded images: its columns are " in refused(tmp_path / "z.parquet")
 
 
 @pytest.mark.parametrize(
@@ -273,6 +273,7 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
     [
         ("file_name;label\n0.jpg;a\n1.jpg;b\n", ["a", "b"]),
         ("\ufefffile_name, label\r\n0.jpg, a\r\n1.jpg, b\r\n", ["a", "b"]),
+        ("label, file_name \na, 0.jpg \nb, 1.jpg\n", ["a", "b"]),
         ("filename,label\n./0.jpg,1\n1.jpg,10\n", ["1", "10"]),
         ("filename,label\n0.jpg,001\n1.jpg, 010\n", ["1", "10"]),
         ("filename,label\n0.jpg, 1\n1.jpg,01\n", ["01", "1"]),
@@ -293,6 +294,10 @@ def test_forms_of_csv(tmp_path: Path, text: str | bytes, expected: list[str] | N
     [
         ("path,label\n0.jpg,caf\xe9\n".encode("latin1"), "'label' is not in UTF-8"),
         (gzip.compress(b"path,label\n0.jpg,a\n", mtime=0), "is compressed with gzip"),
+        (
+            "path,label\n0.jpg,a\n".encode("utf-16-le"),
+            "it is not a text in UTF-8 but, for example, a spreadsheet",
+        ),
         (b"0.jpg,a\n1.jpg,b\n", "The first line of a table of text must name the columns"),
         (b"label," + b",".join(b"pixel%d" % i for i in range(784)) + b"\n", "... (785 in all)"),
     ],

@@ -352,10 +352,13 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
     header = ""
     if any(kind_of(name) == IMAGE for name in schema.names):
         header = " The first line of a table of text must name the columns."
+    what = (
+        f"{len(encoded)} columns of images, none called 'image'" if encoded else "no column of encoded images"
+    )
     raise UserError(
-        f"The table {place!r} has {len(encoded)} columns that may hold encoded images and none is named 'image': its "
-        f"columns are {listed(schema.names)}. Name one with --image-column; it must be binary, a struct of bytes "
-        f"and path, or names of files beside the table.{header}"
+        f"The table {place!r} has {what}: its columns are {listed([f'{one.name} ({one.type})' for one in schema])}. "
+        "Name one with --image-column; it must be binary, a struct of bytes and path, or names of files beside the "
+        f"table, and no list or dictionary of these.{header}"
     )
 
 
