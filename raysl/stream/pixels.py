@@ -38,7 +38,7 @@ _ONE_IMAGE = ("JPEG", "MPO", "PSD", "ICO", "CUR", "ICNS", "DDS")
 # Many programs write 0 into the fourth byte of a pixel of these formats although it is opaque.
 _ALPHA_OFTEN_UNUSED = ("TGA", "BMP", "DIB")
 _LONGEST_REASON = 200
-_ORIENTATION, _SUBFILE = 274, 254
+_ORIENTATION, _SUBFILE, _TILE_WIDTH, _TILE_HEIGHT = 274, 254, 322, 323
 # Entries of Pillow's `info` that may hold the orientation of a PNG file.
 _ORIENTATION_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 _REDUCED_OR_MASK = 0b101
@@ -246,6 +246,9 @@ def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> li
             if len(pages) > 1 or image.format == "TIFF":
                 image.seek(page)
                 check_size(*image.size, config.max_pixels)
+            if image.format == "TIFF":
+                tags = image.tag_v2  # type: ignore[attr-defined]
+                check_size(tags.get(_TILE_WIDTH, 1), tags.get(_TILE_HEIGHT, 1), config.max_pixels)
             picture = _read(image, data, page, config, ranges)
         return _numbered(picture, number, len(pages), len(taken))
 
@@ -346,7 +349,12 @@ def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: 
 
 def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Callable[[], Picture]]:
     """Return the functions of `_readers` for a TIFF file that Pillow does not read."""
-    pages = [page for page in depth.tiff_pages(data) if not page.subfiletype & _REDUCED_OR_MASK]
+    # The list of pages of a damaged file may lead back to a page; Pillow ends there too.
+    by_offset: dict[int, Any] = {}
+    for page in depth.tiff_pages(data):
+        if by_offset.setdefault(page.offset, page) is not page:
+            break
+    pages = [page for page in by_offset.values() if not page.subfiletype & _REDUCED_OR_MASK]
     taken = pages if config.frames == "all" else pages[:1]
 
     def read(number: int) -> Picture:
@@ -357,6 +365,7 @@ def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Cal
 
 def _read_tiff(page: Any, config: DecodeConfig, ranges: Ranges) -> Picture:
     check_size(page.imagewidth, page.imagelength, config.max_pixels)
+    check_size(page.tilewidth or 1, page.tilelength or 1, config.max_pixels)
     if page.nbytes > 4 * config.max_pixels:  # Pillow takes no more than four bytes for a pixel.
         raise DecodeError(f"its {page.nbytes:,} bytes of values are more than {4 * config.max_pixels:,}")
     tag = page.tags.get(_ORIENTATION)
