@@ -235,6 +235,10 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
     own = _select(body, wanted, state, file)
     advice = "Give the backbone that the file was made for with --backbone.name, --backbone.stem and --backbone.norm."
     if missing := [key for key in wanted if key not in own]:
+        if re.search(r"-\d+-of-\d+\.\w+$", file):
+            advice = (
+                "It is one of several parts: write the weights of all parts into one file, and give that."
+            )
         raise UserError(
             f"The weights file {file!r} lacks {len(missing)} weights of the backbone {name!r}: {_some(missing)}. "
             f"The names in it begin with {_some(_beginnings(state))}. {advice}"
@@ -251,17 +255,24 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
             f"being {first!r}, {tuple(own[first].shape)} in the file and {tuple(expected[first].shape)} in the "
             f"backbone. {advice}"
         )
-    if odd := [key for key in wanted if own[key].is_meta or own[key].is_sparse or own[key].is_quantized]:
+    if odd := [key for key in wanted if _is_odd(own[key], expected[key])]:
         raise UserError(
-            f"The weights file {file!r} holds {len(odd)} weights that are quantized, sparse or without values: "
-            f"{_some(odd)}. Give the weights as dense numbers."
+            f"The weights file {file!r} holds {len(odd)} weights that are quantized, whole or complex numbers, sparse "
+            f"or without values: {_some(odd)}. Give the weights as dense floats."
         )
-    if bad := [key for key in wanted if not torch.isfinite(own[key]).all()]:
+    # A double may be finite and too large for a float.
+    if bad := [key for key in wanted if not torch.isfinite(own[key].to(expected[key].dtype)).all()]:
         raise UserError(
             f"The weights file {file!r} holds NaN or infinite numbers in {len(bad)} weights: {_some(bad)}. The "
             "training that wrote it diverged. Give an earlier checkpoint."
         )
     body.load_state_dict({key: own[key] for key in wanted}, strict=False)
+
+
+def _is_odd(own: Tensor, expected: Tensor) -> bool:
+    """Return True for weights that cannot be copied, such as int8 codes, whose scale is stored elsewhere."""
+    is_other = expected.is_floating_point() and not own.is_floating_point()
+    return own.is_meta or own.is_sparse or own.is_quantized or is_other
 
 
 def _select(body: nn.Module, wanted: list[str], state: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:

@@ -351,11 +351,17 @@ def _timm_body(name: str, options: dict[str, int]) -> Any:
 
 def _own(name: str, joint: bool) -> Backbone:
     """Build a backbone of the user, from "MODULE:FUNCTION" or "FILE.py:FUNCTION"."""
-    body = plugins.function(name, "backbone")()
-    if not isinstance(body, nn.Module):
+    function = plugins.function(name, "backbone")
+    try:
+        body = function()
+    except TypeError as error:
+        if error.__traceback__ and error.__traceback__.tb_next:  # Of the function itself.
+            raise
         raise UserError(
-            f"The backbone {name!r} returns {type(body).__name__}; it must return a torch.nn.Module without arguments."
-        )
+            f"The backbone {name!r} must need no arguments: {error}. Give them defaults."
+        ) from error
+    if not isinstance(body, nn.Module):
+        raise UserError(f"The backbone {name!r} returns {type(body).__name__} and no torch.nn.Module.")
     return Backbone(body, _width(body, name), joint)
 
 

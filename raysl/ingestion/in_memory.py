@@ -6,7 +6,6 @@ import json
 import operator
 import os
 import reprlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -172,10 +171,9 @@ def names_of(source: Any, label: Any) -> list[str]:
     found = getattr(source, "classes", None)
     if not isinstance(found, list | tuple):
         return []
-    names = [", ".join(map(str, one)) if isinstance(one, list | tuple) else str(one) for one in found]
-    times = Counter(names)
-    # ImageNet has two classes called "crane".
-    return [name if times[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
+    return labels.distinct(
+        [", ".join(map(str, one)) if isinstance(one, list | tuple) else str(one) for one in found]
+    )
 
 
 def _plain(label: Any) -> Any:

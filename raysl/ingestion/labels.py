@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,8 @@ _FEW_IMAGES = 1000
 # What a label in Python may be.
 PLAIN = "A label must be a text or a whole number, or None for an image without one."
 SEVERAL = "holds several values for each image (several classes, or one-hot), and a data set holds one class for each"
+# The name that Hive and Spark give to a folder of rows without a value.
+_NULL_OF_HIVE = "__HIVE_DEFAULT_PARTITION__"
 _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
 
@@ -54,9 +57,15 @@ def names_in(schema: pa.Schema, column: str) -> list[str] | None:
     """Return the names of the classes that Hugging Face writes into a schema; None if it has none."""
     feature = feature_in(schema, column)
     try:
-        return [str(name) for name in feature.get("feature", feature)["names"]]
+        return distinct([str(name) for name in feature.get("feature", feature)["names"]])
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def distinct(names: list[str]) -> list[str]:
+    """Return names of classes, those that occur twice with their number: ImageNet has two classes called "crane"."""
+    times = Counter(names)
+    return [name if times[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def feature_in(schema: pa.Schema, column: str) -> dict[str, Any]:
@@ -153,6 +162,12 @@ def as_class_of_text(text: str) -> str | None:
     """Return the class in a file of text: a whole number, or a name; None for no label."""
     number = re.fullmatch(r"([+-]?\d+)(\.0*)?", text.strip())
     return as_class(int(number[1]) if number else text)
+
+
+def as_class_of_folder(value: str) -> str:
+    """Return the class in the name of a folder such as "label=cat", from what follows the "="; "" for no label."""
+    text = unquote(value)
+    return "" if text == _NULL_OF_HIVE or re.fullmatch(r"-\d+", text) else text
 
 
 @dataclass

@@ -129,7 +129,7 @@ def _descend(survey: Survey, layout: Layout, labels: Labels) -> None:
     """Go down folders that only wrap others, and past folders of masks."""
     while True:
         base = layout.base
-        children = _without_masks(survey, layout, labels)
+        children = _without_masks(survey, layout, labels, base)
         if survey.images(base, direct=True) or len(children) != 1:
             return
         only = join(base, children[0])
@@ -141,15 +141,15 @@ def _descend(survey: Survey, layout: Layout, labels: Labels) -> None:
         layout.base = only
 
 
-def _without_masks(survey: Survey, layout: Layout, labels: Labels) -> list[str]:
-    """Exclude the folders of masks inside the base, and return the names of the others that hold images."""
-    masks = _masks(survey, layout.base, labels)
+def _without_masks(survey: Survey, layout: Layout, labels: Labels, folder: str) -> list[str]:
+    """Exclude the folders of masks inside a folder, and return the names of the others that hold images."""
+    masks = _masks(survey, folder, labels)
     for name in masks:
-        where = join(layout.base, name)
+        where = join(folder, name)
         if where not in layout.excluded:
             layout.excluded.add(where)
             layout.found.left_out.add(_OTHER_PICTURES, survey.first(where), survey.images(where))
-    return [name for name in survey.children(layout.base) if name not in masks]
+    return [name for name in survey.children(folder) if name not in masks]
 
 
 def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
@@ -217,7 +217,7 @@ def _splits(survey: Survey, base: str, labels: Labels) -> tuple[list[str], list[
 def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> None:
     """Decide where the labels come from."""
     found, base = layout.found, layout.base
-    children = _without_masks(survey, layout, labels)
+    children = _without_masks(survey, layout, labels, base)
     direct = survey.images(base, direct=True)
     inside = sum(survey.images(join(base, name)) for name in children)
     example = printable(survey.first(join(base, children[0]) if children else base))
@@ -243,7 +243,7 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> 
         found.layout = found.layout or "a folder of images"
         found.labels = f"none, because {why}{_unused(survey)}"
         return
-    inner = [survey.children(join(base, name)) for name in children]
+    inner = [_without_masks(survey, layout, labels, join(base, name)) for name in children]
     inner_splits = sorted(set(chain(*inner)))
     found.layout = "class folders" + (f" in the split {found.split!r}" if found.split else "")
     if all(inner) and all(map(is_split, inner_splits)) and len(inner_splits) > 1:

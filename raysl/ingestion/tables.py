@@ -196,6 +196,10 @@ def _read_table(data: bytes, name: str) -> pa.Table:
         raise pa.ArrowInvalid("it is compressed with gzip: unpack it first")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16").encode()
+    if b"\0" in data[:4096]:
+        raise pa.ArrowInvalid(
+            "it is not a text in UTF-8 but, for example, a spreadsheet: save it as CSV in UTF-8"
+        )
     if name.endswith((".jsonl", ".ndjson")):
         try:
             data.decode()
@@ -207,6 +211,9 @@ def _read_table(data: bytes, name: str) -> pa.Table:
     table = _read_csv(data, name)
     if strange := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
         raise pa.ArrowInvalid(f"the column {strange[0]!r} is not in UTF-8: save the table in UTF-8")
+    for number, field in enumerate(table.schema):
+        if field.name != field.name.strip() and pa.types.is_string(field.type):
+            table = table.set_column(number, field.name, pc.utf8_trim_whitespace(table.column(number)))
     return table.rename_columns([column.strip() for column in table.column_names])
 
 

@@ -25,6 +25,7 @@ _FORMS = {
     ".rec": f"an MXNet RecordIO file: with mxnet.recordio {_AS_FOLDER}",
     ".mat": f"a MATLAB file: with scipy.io.loadmat {_AS_FOLDER}, or save its arrays with numpy.savez",
     ".npy": "a NumPy array: save it with numpy.savez under the name images, and its labels under the name labels",
+    ".npz": "NumPy arrays: give the file itself as the source",
     ".lance": f"a Lance data set: with the package pylance {_AS_FOLDER}",
     **dict.fromkeys((".pt", ".pth", ".pkl", ".pickle"), _PICKLED),
     ".bin": f"a binary file without a header, as of STL-10 or CIFAR: with torchvision.datasets {_AS_FOLDER}",
@@ -37,6 +38,8 @@ _AS_CSV = "write its list of images beside them as CSV with the columns file_nam
 _LISTS = {
     ".json": f"a JSON file: {_AS_CSV}",
     ".txt": f"a text file: {_AS_CSV}",
+    ".gz": "compressed with gzip: unpack it",
+    **dict.fromkeys((".pq", ".parq"), "a Parquet file by its name: rename it to end in .parquet"),
     **dict.fromkeys((".xlsx", ".xls"), f"a spreadsheet: {_AS_CSV}"),
     **dict.fromkeys((".sqlite", ".db"), f"a database: {_AS_CSV}"),
 }

@@ -208,12 +208,13 @@ class FeatureStore:
             yield batch
 
     def _indices(self, piece: Piece, column: pa.Array) -> NDArray[np.int64]:
-        if column.null_count or (len(column) and pc.min(column).as_py() < 0):
+        whole = column.cast(pa.int64(), safe=False)  # Numbers of 64 bits become negative.
+        if whole.null_count or (whole.to_numpy() < 0).any():
             raise UserError(
-                f"The column 'index' of {self.folder}/{piece.group.file} has nulls or negative numbers. It must "
-                "number the images from 0."
+                f"The column 'index' of {self.folder}/{piece.group.file} has nulls, negative numbers or numbers "
+                "of more than 63 bits. It must number the images from 0."
             )
-        return column.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
+        return whole.to_numpy().copy()  # type: ignore[no-any-return]
 
     def _numbers(self, piece: Piece, batch: pa.RecordBatch) -> Numbers:
         column = batch.column(self.layer)
@@ -358,6 +359,10 @@ def _row_kind(schema: pa.Schema, place: str, layer: str) -> tuple[int, int]:
     layers = _layers(schema)
     if layer not in layers:
         raise unknown(f"layer of the features at {place}", layer, layers)
+    if twice := {name for name in ("index", layer) if schema.names.count(name) > 1}:
+        raise UserError(
+            f"The features file {place} has several columns called {min(twice)!r}. Write it again with one of them."
+        )
     if "index" not in schema.names or not pa.types.is_integer(schema.field("index").type):
         found = f"is {schema.field('index').type}" if "index" in schema.names else "is missing"
         raise UserError(

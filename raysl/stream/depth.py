@@ -197,7 +197,8 @@ def read_by_pillow(tags: Any) -> bool:
     bits = tags.get(_BITS, (1,))
     if tags.get(_PHOTOMETRIC) in (0, 1) and 0 in tags.get(_EXTRA, ()):
         return False  # Bands of a sensor, of which Pillow takes the first.
-    return tags.get(_PLANAR) != 2 or tags.get(_CHANNELS, 1) == 1 or (len(bits) != 2 and max(bits) <= 8)
+    is_plain = len(bits) != 2 and max(bits) <= 8 and _ASSOCIATED not in tags.get(_EXTRA, ())
+    return tags.get(_PLANAR) != 2 or tags.get(_CHANNELS, 1) == 1 or is_plain
 
 
 def tiff_pages(data: bytes) -> Any:

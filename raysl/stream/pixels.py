@@ -38,7 +38,7 @@ _ONE_IMAGE = ("JPEG", "MPO", "PSD", "ICO", "CUR", "ICNS", "DDS")
 # Many programs write 0 into the fourth byte of a pixel of these formats although it is opaque.
 _ALPHA_OFTEN_UNUSED = ("TGA", "BMP", "DIB")
 _LONGEST_REASON = 200
-_ORIENTATION, _SUBFILE = 274, 254
+_ORIENTATION, _SUBFILE, _TILE_WIDTH, _TILE_HEIGHT = 274, 254, 322, 323
 # Entries of Pillow's `info` that may hold the orientation of a PNG file.
 _ORIENTATION_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 _REDUCED_OR_MASK = 0b101
@@ -246,6 +246,9 @@ def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> li
             if len(pages) > 1 or image.format == "TIFF":
                 image.seek(page)
                 check_size(*image.size, config.max_pixels)
+            if image.format == "TIFF":
+                tags = image.tag_v2  # type: ignore[attr-defined]
+                check_size(tags.get(_TILE_WIDTH, 1), tags.get(_TILE_HEIGHT, 1), config.max_pixels)
             picture = _read(image, data, page, config, ranges)
         return _numbered(picture, number, len(pages), len(taken))
 
@@ -290,9 +293,7 @@ def _pages(image: Image.Image) -> tuple[list[int], set[int]]:
 def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, ranges: Ranges) -> Picture:
     deep = depth.deep_values(image, data, page)
     image.load()
-    # Formats whose decoder turns the image itself still state the orientation in EXIF. Most PNG files have none.
-    unturned = image.format == "JXL" or (image.format == "PNG" and not image.info.keys() & _ORIENTATION_KEYS)
-    orientation = 1 if unturned else image.getexif().get(_ORIENTATION, 1)
+    orientation = _orientation(image)
     if deep is not None:
         return _scaled(deep, orientation, config, ranges)
     rgb, transparent = _flat(image, config.background)
@@ -302,6 +303,17 @@ def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, rang
         ordinary=image.format in _STORED and not transparent,
         kind="transparent" if transparent else "",
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return how an image is to be turned, 1 to 8 as in EXIF."""
+    # Formats whose decoder turns the image itself still state the orientation in EXIF. Most PNG files have none.
+    if image.format == "JXL" or (image.format == "PNG" and not image.info.keys() & _ORIENTATION_KEYS):
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)  # type: ignore[no-any-return]
+    except Exception:  # Errors of many kinds on damaged notes, beside which the pixels are whole.
+        return 1
 
 
 def _flat(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
@@ -337,7 +349,12 @@ def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: 
 
 def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Callable[[], Picture]]:
     """Return the functions of `_readers` for a TIFF file that Pillow does not read."""
-    pages = [page for page in depth.tiff_pages(data) if not page.subfiletype & _REDUCED_OR_MASK]
+    # The list of pages of a damaged file may lead back to a page; Pillow ends there too.
+    by_offset: dict[int, Any] = {}
+    for page in depth.tiff_pages(data):
+        if by_offset.setdefault(page.offset, page) is not page:
+            break
+    pages = [page for page in by_offset.values() if not page.subfiletype & _REDUCED_OR_MASK]
     taken = pages if config.frames == "all" else pages[:1]
 
     def read(number: int) -> Picture:
@@ -348,6 +365,7 @@ def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Cal
 
 def _read_tiff(page: Any, config: DecodeConfig, ranges: Ranges) -> Picture:
     check_size(page.imagewidth, page.imagelength, config.max_pixels)
+    check_size(page.tilewidth or 1, page.tilelength or 1, config.max_pixels)
     if page.nbytes > 4 * config.max_pixels:  # Pillow takes no more than four bytes for a pixel.
         raise DecodeError(f"its {page.nbytes:,} bytes of values are more than {4 * config.max_pixels:,}")
     tag = page.tags.get(_ORIENTATION)

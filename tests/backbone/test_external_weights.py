@@ -112,6 +112,11 @@ def test_wrong_shapes_and_missing_weights_are_named() -> None:
         assert said in str(caught.value)
 
 
+def test_one_part_of_several_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one of several parts: write the weights of all parts into one file"):
+        load(tmp_path, {"conv1.weight": WANTED["conv1.weight"]}, "model-00001-of-00002.bin")
+
+
 @pytest.mark.parametrize(
     "holder", [(), ("state_dict",), ("teacher",), ("classy_state_dict", "base_model", "model", "trunk")]
 )
@@ -195,15 +200,19 @@ def quantized(values: Tensor) -> Tensor:
     return torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)
 
 
-@pytest.mark.parametrize("convert", [Tensor.to_sparse, quantized, lambda values: values.to("meta")])
-def test_weights_that_are_not_dense_are_refused(convert: Any) -> None:
+@pytest.mark.parametrize(
+    "convert",
+    [Tensor.to_sparse, quantized, Tensor.char, lambda values: values + 0j, lambda values: values.to("meta")],
+)
+def test_weights_that_are_no_dense_floats_are_refused(convert: Any) -> None:
     state = {key: convert(value) if value.dim() > 1 else value for key, value in Net().state_dict().items()}
-    with pytest.raises(UserError, match="quantized, sparse or without values"):
+    with pytest.raises(UserError, match="quantized, whole or complex numbers, sparse or without"):
         external_weights.fill(Net(), state, "a.pth", "net")
 
 
-def test_nan_is_refused(tmp_path: Path) -> None:
-    bad = {**WANTED, "bn1.weight": torch.full((4,), torch.nan)}
+@pytest.mark.parametrize("value", [float("nan"), 1e300])
+def test_nan_and_numbers_too_large_for_a_float_are_refused(tmp_path: Path, value: float) -> None:
+    bad = {**WANTED, "bn1.weight": torch.full((4,), value, dtype=torch.float64)}
     with pytest.raises(UserError, match=r"NaN or infinite numbers in 1 weights: 'bn1\.weight'"):
         load(tmp_path, bad)
 

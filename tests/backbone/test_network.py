@@ -156,6 +156,8 @@ def test_a_function_of_the_user_is_a_backbone() -> None:
             networks.config_of(other)
     with pytest.raises(UserError, match="has no function 'absent'"):
         networks.build(BackboneConfig(f"{__name__}:absent"))
+    with pytest.raises(UserError, match=r"must need no arguments: .* missing 1 required positional argument"):
+        networks.build(BackboneConfig("os.path:join"))
 
 
 def test_a_run_of_a_stranger_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:

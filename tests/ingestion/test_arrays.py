@@ -198,6 +198,8 @@ def test_tables_whose_log_says_which_files_are_valid_are_refused(tmp_path: Path,
         (np.zeros(3, [("a", int)]), "is of type [('a', '<i8')]"),
         (np.array([b"a", b"b", b"a"]), ""),
         (np.array([[0], [1], [0]]), ""),
+        (np.array([0, 1, 0], ">i4"), ""),
+        (np.array([0, np.nan, 1]), "a.npz has an image without one, and 2 images have one"),
     ],
 )
 def test_labels_of_numpy(tmp_path: Path, values: Any, why: str) -> None:
@@ -225,6 +227,13 @@ def test_labels_of_idx_without_an_axis_or_a_value_are_refused(tmp_path: Path, he
 def test_one_image_and_unknown_files(tmp_path: Path) -> None:
     put(tmp_path, "photo.jpg")
     assert "is one image: name the folder" in refused(tmp_path / "photo.jpg")
+    put(tmp_path, "list.csv.gz", "a.pq", "arrays/a.npz", data=bytes(64))
+    for name, says in (
+        ("list.csv.gz", "unpack it"),
+        ("a.pq", "end in .parquet"),
+        ("arrays", "give the file itself"),
+    ):
+        assert says in refused(tmp_path / name)
     put(tmp_path, "thesis.tex", data=b"x")
     message = refused(tmp_path / "thesis.tex")
     assert "is of no known kind" in message

@@ -104,6 +104,10 @@ def test_splits_inside_class_folders(tmp_path: Path) -> None:
     put(tmp_path, "cat/train/1.jpg", "cat/test/2.jpg", "dog/train/3.jpg", "dog/test/4.jpg")
     assert "test, train" in refused(tmp_path)
     assert labels(f"{tmp_path}#test") == {"cat/test/2.jpg": "cat", "dog/test/4.jpg": "dog"}
+    put(tmp_path, "dog/ground_truth/bad/4_mask.png")  # As in MVTec AD.
+    found, rows = opened(f"{tmp_path}#test")
+    assert [row.path for row in rows] == ["cat/test/2.jpg", "dog/test/4.jpg"]
+    assert found.left_out.kinds["masks or other pictures of the same images"][0] == 1
 
 
 @pytest.mark.parametrize(

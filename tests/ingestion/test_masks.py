@@ -34,6 +34,13 @@ def test_masks_are_named_after_their_images(tmp_path: Path, mask: str) -> None:
     assert {"cat", "dog", mask.partition("/")[0]} == set(labels(tmp_path, labels="folders").values())
 
 
+def test_masks_inside_class_folders(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        put(tmp_path, f"{name}/images/1.png", f"{name}/masks/1.png")
+    assert labels(tmp_path) == {"cat/images/1.png": "cat", "dog/images/1.png": "dog"}
+    assert len(labels(tmp_path, labels="folders")) == 4
+
+
 def test_labels_folders_keeps_folders_beside_images(tmp_path: Path) -> None:
     put(tmp_path, "images/1.png", "masks/1.png")
     assert set(labels(tmp_path, labels="folders").values()) == {"images", "masks"}

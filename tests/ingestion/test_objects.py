@@ -157,7 +157,7 @@ def test_a_data_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source, says in (
         (
             pandas.DataFrame({"label": [3]}),
-            "^The table 'pandas.DataFrame of 1 row' has 0 columns that may hold",
+            "^The table 'pandas.DataFrame of 1 row' has no column of encoded images",
         ),
         (
             pandas.DataFrame({"file": ["a.jpg", 3]}),

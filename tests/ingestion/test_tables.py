@@ -265,7 +265,7 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1]}), tmp_path / "y.parquet")
     assert "columns are a" in refused(tmp_path / "y.parquet")
     pq.write_table(pa.table({"images": [images(2)]}), tmp_path / "z.parquet")
-    assert "0 columns that may hold encoded images" in refused(tmp_path / "z.parquet")
+    assert "no column of encoded images: its columns are " in refused(tmp_path / "z.parquet")
 
 
 @pytest.mark.parametrize(
@@ -273,6 +273,7 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
     [
         ("file_name;label\n0.jpg;a\n1.jpg;b\n", ["a", "b"]),
         ("\ufefffile_name, label\r\n0.jpg, a\r\n1.jpg, b\r\n", ["a", "b"]),
+        ("label, file_name \na, 0.jpg \nb, 1.jpg\n", ["a", "b"]),
         ("filename,label\n./0.jpg,1\n1.jpg,10\n", ["1", "10"]),
         ("filename,label\n0.jpg,001\n1.jpg, 010\n", ["1", "10"]),
         ("filename,label\n0.jpg, 1\n1.jpg,01\n", ["01", "1"]),
@@ -293,6 +294,10 @@ def test_forms_of_csv(tmp_path: Path, text: str | bytes, expected: list[str] | N
     [
         ("path,label\n0.jpg,caf\xe9\n".encode("latin1"), "'label' is not in UTF-8"),
         (gzip.compress(b"path,label\n0.jpg,a\n", mtime=0), "is compressed with gzip"),
+        (
+            "path,label\n0.jpg,a\n".encode("utf-16-le"),
+            "it is not a text in UTF-8 but, for example, a spreadsheet",
+        ),
         (b"0.jpg,a\n1.jpg,b\n", "The first line of a table of text must name the columns"),
         (b"label," + b",".join(b"pixel%d" % i for i in range(784)) + b"\n", "... (785 in all)"),
     ],
@@ -353,6 +358,21 @@ def test_labels_in_the_names_of_folders(tmp_path: Path) -> None:
         pq.write_table(pa.table({"image": [jpeg()]}), folder / "part-0.parquet")
     found, rows = opened(tmp_path)
     assert (found.classes, [row.label for row in rows]) == ({"a b": 1, "c": 1}, ["a b", "c"])
+
+
+@pytest.mark.parametrize("value", ["__HIVE_DEFAULT_PARTITION__", "-1"])
+def test_folders_of_rows_without_a_label(tmp_path: Path, value: str) -> None:
+    for name in ("a", value):
+        (tmp_path / f"label={name}").mkdir()
+        pq.write_table(pa.table({"image": [jpeg()]}), tmp_path / f"label={name}" / "part-0.parquet")
+    found, rows = opened(tmp_path)
+    assert (found.classes, [row.label for row in rows]) == ({}, [None, None])
+    assert "part-0.parquet has an image without one, and 1 images have one" in found.labels
+
+
+def test_two_classes_of_one_name_stay_two(tmp_path: Path) -> None:
+    found, _ = opened(write(tmp_path / "x.parquet", [2, 0, 1, 1], ["crane", "dog", "crane"]))
+    assert found.classes == {"crane (0)": 1, "dog": 2, "crane (2)": 1}
 
 
 def test_save_to_disk_of_several_splits(tmp_path: Path) -> None:

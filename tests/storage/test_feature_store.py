@@ -115,14 +115,24 @@ def bad(at: int, value: Any) -> list[Any]:
         (LISTS, [f"img{i}" for i in range(12)], "'index' .* is string"),
         (LISTS, [float(i) for i in range(12)], "'index' .* is double"),
         (LISTS, [None] * 12, "'index' .* is null"),
-        (LISTS, [None, *range(11)], "nulls or negative"),
-        (LISTS, [-1, *range(11)], "nulls or negative"),
+        (LISTS, [None, *range(11)], "nulls, negative numbers"),
+        (LISTS, [-1, *range(11)], "nulls, negative numbers"),
+        (LISTS, pa.array([2**64 - 1, *range(11)], pa.uint64()), "numbers of more than 63 bits"),
     ],
 )
 def test_tables_without_features_are_refused(tmp_path: Path, values: Any, index: Any, expected: str) -> None:
     with pytest.raises(UserError, match=expected) as caught:
         FeatureStore.open(table_at(tmp_path, values, index)).load()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["index", "f"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str) -> None:
+    columns = {"index": pa.array(range(12)), "f": pa.array(LISTS, FLOATS)}
+    made = pa.Table.from_arrays([*columns.values(), columns[name]], [*columns, name])
+    pq.write_table(made, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=f"several columns called '{name}'"):
+        FeatureStore.open(str(tmp_path))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])

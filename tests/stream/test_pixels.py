@@ -210,6 +210,12 @@ def test_orientation_far_behind_the_start_of_a_jpeg(note: bytes) -> None:
     assert off(turned, np.rot90(one(plain).pixels_hwc, -1)) <= 3
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_an_image_with_damaged_notes_is_read(file_format: str) -> None:
+    data = file(ramp(), file_format, exif=b"Exif\0\0damaged", **LOSSLESS[file_format])
+    assert off(one(data), ramp()) == 0
+
+
 def test_a_deep_image_is_turned_too() -> None:
     exif = Image.Exif()
     exif[274] = 6
@@ -392,7 +398,15 @@ def test_each_page_is_read_by_the_package_that_knows_its_type() -> None:
     assert [off(page, pixels_hwc) for page, pixels_hwc in expected] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_a_list_of_pages_that_leads_in_a_circle_ends() -> None:
+    data = bytearray(tiff((ramp().astype(np.float32), RGB)))
+    (tags_at,) = struct.unpack_from("<I", data, 4)
+    (tags,) = struct.unpack_from("<H", data, tags_at)
+    struct.pack_into("<I", data, tags_at + 2 + 12 * tags, tags_at)
+    assert one(bytes(data), DecodeConfig(range=(0, 255))).left_out == 0
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
 def test_colors_that_were_multiplied_by_alpha_are_mixed_once(kind: Any) -> None:
     opaque = 1 if kind is np.float32 else np.iinfo(kind).max
     half = np.array([0.4, 0.2, 0, 0.4]) * opaque  # (1, 0.5, 0), of which four tenths are seen
@@ -406,13 +420,25 @@ def test_colors_that_were_multiplied_by_alpha_are_mixed_once(kind: Any) -> None:
 @pytest.mark.parametrize("tag", [256, 257], ids=["width", "height"])
 @pytest.mark.parametrize("kind", [np.uint8, np.float32])
 def test_a_header_without_pixels_is_damage(tag: int, kind: Any) -> None:
-    data = bytearray(tiff((ramp().astype(kind), RGB)))
+    data = tiff((ramp().astype(kind), RGB))
+    assert "has no pixels: its header says " in reason(with_tag(data, tag, 0))
+
+
+def with_tag(data: bytes, tag: int, value: int) -> bytes:
+    """Return a TIFF file with another number, of 32 bits, in a tag of its first page."""
+    changed = bytearray(data)
     (tags_at,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, tags_at)
     entries = (tags_at + 2 + 12 * i for i in range(count))
     entry = next(at for at in entries if struct.unpack_from("<H", data, at) == (tag,))
-    data[entry + 8 : entry + 12] = bytes(4)
-    assert "has no pixels: its header says " in reason(bytes(data))
+    struct.pack_into("<HII", changed, entry + 2, 4, 1, value)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_a_tile_that_is_too_large_is_refused_before_memory_is_taken(kind: Any) -> None:
+    data = tiff((ramp().astype(kind), RGB | {"tile": (16, 16), "compression": "deflate"}))
+    assert "16 x 16,777,216 pixels are more than" in reason(with_tag(data, 323, 1 << 24))
 
 
 @pytest.mark.parametrize("line", [b"<!-- licence -->\n", b"<?licence?>\n", b" \n"])

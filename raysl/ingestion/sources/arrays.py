@@ -185,7 +185,7 @@ class Source:
                     names = _classes(values, self._names)
                 except labels.NoClassesError as error:
                     refused = f"the array of labels, {part.labels or part.path}, {error}"
-            classes.add(names, part.path)
+            classes.add(names, part.path or self.name)
             for first in range(0, count, size.num_images):
                 end = min(first + size.num_images, count)
                 self.found.images += end - first
@@ -201,6 +201,7 @@ class Source:
 
 def _classes(values: NDArray[Any], names: list[str] | None) -> list[str | None]:
     """Return the class of each label. Raises `labels.NoClassesError`."""
+    values = values.astype(values.dtype.newbyteorder("="))  # Arrow takes no other order of bytes.
     if values.ndim > 2:
         raise labels.NoClassesError(labels.SEVERAL)
     try:

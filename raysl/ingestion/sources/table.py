@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -80,7 +79,9 @@ class Columns(NamedTuple):
     label: str  # "" for none
     names: list[str] | None  # of the classes that labels are numbers of; None without names
     is_file_name: bool  # the column `image` holds names of files
-    constant: str | None = None  # label of all rows, where a folder such as "label=cat" states it
+    constant: str | None = (
+        None  # label of all rows, where a folder such as "label=cat" states it; "" for no label
+    )
     is_video: bool = False
 
 
@@ -122,7 +123,8 @@ class Source:
         if config.labels != "none":
             label = labels.find([*schema.names, *parts], config.label_column, f"The table {where!r}")
         if label in parts and label not in schema.names:
-            return Columns(image, label, None, is_file_name, unquote(parts[label]), is_video), of_splits
+            constant = labels.as_class_of_folder(parts[label])
+            return Columns(image, label, None, is_file_name, constant, is_video), of_splits
         names = labels.names_in(schema, label) if label else None
         return Columns(image, label, names, is_file_name, is_video=is_video), of_splits
 
@@ -287,7 +289,7 @@ class Source:
         found: list[str | None] = []
         with self._opened(file) as table:
             if columns.constant is not None:
-                return [columns.constant] * sum(rows for rows, _ in table.counted()), "names"
+                return [columns.constant or None] * sum(rows for rows, _ in table.counted()), "names"
             for values in table.column(columns.label):
                 found += labels.as_classes(values, columns.names).to_pylist()
             kind = table.schema.field(columns.label).type
@@ -350,10 +352,13 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
     header = ""
     if any(kind_of(name) == IMAGE for name in schema.names):
         header = " The first line of a table of text must name the columns."
+    what = (
+        f"{len(encoded)} columns of images, none called 'image'" if encoded else "no column of encoded images"
+    )
     raise UserError(
-        f"The table {place!r} has {len(encoded)} columns that may hold encoded images and none is named 'image': its "
-        f"columns are {listed(schema.names)}. Name one with --image-column; it must be binary, a struct of bytes "
-        f"and path, or names of files beside the table.{header}"
+        f"The table {place!r} has {what}: its columns are {listed([f'{one.name} ({one.type})' for one in schema])}. "
+        "Name one with --image-column; it must be binary, a struct of bytes and path, or names of files beside the "
+        f"table, and no list or dictionary of these.{header}"
     )
 
 
@@ -375,7 +380,7 @@ def read(unit: Unit) -> Iterator[Row]:
 
 def _rows(batch: pa.RecordBatch, columns: Columns, spec: dict[str, Any], places: list[str]) -> Iterator[Row]:
     images = batch.column(columns.image)
-    classes = [columns.constant if columns.label else None] * len(images)
+    classes = [(columns.label and columns.constant) or None] * len(images)
     if columns.label and columns.constant is None:
         classes = labels.as_classes(batch.column(columns.label), columns.names).to_pylist()
     if columns.is_file_name:
