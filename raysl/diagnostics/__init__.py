@@ -118,21 +118,13 @@ def look(given: DoctorConfig) -> Fleet:
 
 @dataclass(frozen=True)
 class Report:
-    """Result of `examine`.
+    """Result of `examine`."""
 
-    Args:
-        versions: versions of Python and packages, and the hash of raysl's code.
-        resources: totals of the cluster.
-        placement: CPUs and GPUs of the workers and their data tasks.
-        costs: cost of each stage.
-        prediction: predicted speed.
-    """
-
-    versions: Mapping[str, Any]
-    resources: Mapping[str, float]
-    placement: Placement
-    costs: Costs
-    prediction: Prediction
+    versions: Mapping[str, Any]  # versions of Python and packages, and the hash of raysl's code
+    resources: Mapping[str, float]  # totals of the cluster
+    placement: Placement  # CPUs and GPUs of the workers and their data tasks
+    costs: Costs  # cost of each stage
+    prediction: Prediction  # predicted speed
 
 
 Diagnosis = Report | Fleet | Certificate

@@ -48,16 +48,12 @@ _log = logging.getLogger("raysl.diagnostics")
 
 @dataclass(frozen=True)
 class Certificate:
-    """The measurements of a machine with GPUs, or with CPUs only.
+    """The measurements of a machine with GPUs, or with CPUs only."""
 
-    Args:
-        machine: names of the processor and the GPU, memory, and versions of drivers and packages.
-        checks: the numbers of each check by its name.
-        not_done: why a check was not done, or how it failed, by its name.
-    """
-
+    # Names of the processor and the GPU, memory, and versions of drivers and packages.
     machine: Mapping[str, Any]
-    checks: Mapping[str, Numbers] = field(default_factory=dict)
+    checks: Mapping[str, Numbers] = field(default_factory=dict)  # the numbers of each check by its name
+    # Why a check was not done, or how it failed, by its name.
     not_done: Mapping[str, str] = field(default_factory=dict)
 
 

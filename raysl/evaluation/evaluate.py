@@ -154,16 +154,12 @@ def _with_changes(config: ProbeConfig | None, changes: Mapping[str, Any]) -> Pro
 
 @dataclass(frozen=True)
 class _Context:
-    """The folder that gets the rows, which may hold nothing but rows, and the settings that come from the run.
-
-    Args:
-        model: content of `model.json`, for a folder that is not a run.
-    """
+    """The folder that gets the rows, which may hold nothing but rows, and the settings that come from the run."""
 
     run: Run
     image_size: int
     seed: int
-    model: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] | None = None  # content of `model.json`, for a folder that is not a run
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Store rows. The model is written before the first, so that rows always have an owner."""

@@ -52,17 +52,11 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class FeatureProtocol:
-    """How an image becomes features.
+    """How an image becomes features."""
 
-    Args:
-        image_size: side in pixels of the evaluation view; see `raysl.stream.decode.evaluation_views`.
-        layers: feature specs; see `raysl.extraction.layers`.
-        version: increases when the same settings change their meaning.
-    """
-
-    image_size: int = 32
-    layers: tuple[str, ...] = ("pooled",)
-    version: int = 2
+    image_size: int = 32  # side in pixels of the evaluation view; see `raysl.stream.decode.evaluation_views`
+    layers: tuple[str, ...] = ("pooled",)  # feature specs; see `raysl.extraction.layers`
+    version: int = 2  # increases when the same settings change their meaning
 
 
 def extract_all(

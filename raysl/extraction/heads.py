@@ -17,18 +17,12 @@ from raysl.pretext import Pretext
 
 @dataclass(frozen=True)
 class Heads:
-    """The views that a method compares, and their embeddings.
+    """The views that a method compares, and their embeddings."""
 
-    Args:
-        transform: name of the pretext transform, such as "jigsaw".
-        image: makes the view of the image.
-        transformed: makes the transformed view, with the hyperparameters of the run.
-        embed: function from uint8 crops (b, p, 3, h, w) of both views, on the device, to their embeddings (b, d).
-    """
-
-    transform: str
-    image: Pretext
-    transformed: Pretext
+    transform: str  # name of the pretext transform, such as "jigsaw"
+    image: Pretext  # makes the view of the image
+    transformed: Pretext  # makes the transformed view, with the hyperparameters of the run
+    # Function from uint8 crops (b, p, 3, h, w) of both views, on the device, to their embeddings (b, d).
     embed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -25,17 +25,12 @@ _CPUS = 0.5
 
 @dataclass(frozen=True)
 class Projection:
-    """Projects a row x to (x - mean_d) @ components_dm.
+    """Projects a row x to (x - mean_d) @ components_dm."""
 
-    Args:
-        mean_d: float64 (d,).
-        components_dm: float64 (d, m), orthonormal, by falling variance; the largest number of each is positive.
-        variance: share of the variance that is kept.
-    """
-
-    mean_d: NDArray[np.float64]
+    mean_d: NDArray[np.float64]  # float64 (d,)
+    # float64 (d, m), orthonormal, by falling variance; the largest number of each is positive.
     components_dm: NDArray[np.float64]
-    variance: float
+    variance: float  # share of the variance that is kept
 
     def save(self, folder: Folder) -> None:
         """Write the projection beside the features."""

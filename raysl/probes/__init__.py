@@ -58,58 +58,36 @@ class Settings(Checked):
 
 @dataclass(frozen=True)
 class Labelled:
-    """The features and the labels of a data set.
+    """The features and the labels of a data set."""
 
-    Args:
-        features_nd: float32 (n, d), in index order.
-        labels_n: int64 (n,), >= 0. If an image can show several classes: int64 (n, c), 1 for a class that the image
-            shows, 0 for a class that it does not show, -1 for a class that is not judged ("difficult" in PASCAL VOC).
-        fingerprint: fingerprint of the data set; empty if it has none.
-    """
-
-    features_nd: NDArray[np.float32]
+    features_nd: NDArray[np.float32]  # float32 (n, d), in index order
+    # int64 (n,), >= 0. If an image can show several classes: int64 (n, c), 1 for a class that the image shows, 0 for a
+    # class that it does not show, -1 for a class that is not judged ("difficult" in PASCAL VOC).
     labels_n: NDArray[np.int64]
-    fingerprint: str = ""
+    fingerprint: str = ""  # fingerprint of the data set; empty if it has none
 
 
 @dataclass(frozen=True)
 class Row:
-    """One result of a probe.
+    """One result of a probe."""
 
-    Args:
-        name: name of the measure, such as "top1".
-        value: finite; shares are in 0 .. 1.
-        layer: the layer it belongs to; empty for the layer whose features the probe received.
-    """
-
-    name: str
-    value: float
-    layer: str = ""
+    name: str  # name of the measure, such as "top1"
+    value: float  # finite; shares are in 0 .. 1
+    layer: str = ""  # the layer it belongs to; empty for the layer whose features the probe received
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The input of an `EncoderProbe`. Small and picklable. Ray runs.
+    """The input of an `EncoderProbe`. Small and picklable. Ray runs."""
 
-    Args:
-        encoder: turns images into features; a `raysl.extraction.NetworkEncoder` can also be trained.
-        layers: the requested layers.
-        image_size: side of the evaluation view in pixels.
-        train: images to learn from.
-        test: images to score.
-        seed: seed of the run, for all random choices of the probe.
-        folder: folder for files that a report reads; each encoder, data set and protocol has its own.
-        bn_statistics: "kept" or "reestimated"; see `raysl.evaluation.options.ProbeConfig`.
-    """
-
-    encoder: Encoder
-    layers: tuple[str, ...]
-    image_size: int
-    train: DataSet
-    test: DataSet
-    seed: int
-    folder: Folder
-    bn_statistics: str = KEPT
+    encoder: Encoder  # turns images into features; a `raysl.extraction.NetworkEncoder` can also be trained
+    layers: tuple[str, ...]  # the requested layers
+    image_size: int  # side of the evaluation view in pixels
+    train: DataSet  # images to learn from
+    test: DataSet  # images to score
+    seed: int  # seed of the run, for all random choices of the probe
+    folder: Folder  # folder for files that a report reads; each encoder, data set and protocol has its own
+    bn_statistics: str = KEPT  # "kept" or "reestimated"; see `raysl.evaluation.options.ProbeConfig`
 
 
 @runtime_checkable

@@ -24,17 +24,11 @@ _COPIES = 3
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """The stored features and the labels of a data set.
+    """The stored features and the labels of a data set."""
 
-    Args:
-        tables: features by feature spec; see `raysl.extraction.feature_spec`.
-        labels_n: see `Labelled.labels_n`; None if no probe needs labels.
-        fingerprint: fingerprint of the data set.
-    """
-
-    tables: Mapping[str, FeatureStore]
-    labels_n: NDArray[np.int64] | None
-    fingerprint: str
+    tables: Mapping[str, FeatureStore]  # features by feature spec; see `raysl.extraction.feature_spec`
+    labels_n: NDArray[np.int64] | None  # see `Labelled.labels_n`; None if no probe needs labels
+    fingerprint: str  # fingerprint of the data set
 
     def load(self, spec: str) -> Labelled:
         """Return the features of a feature spec, in memory."""

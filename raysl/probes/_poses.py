@@ -45,19 +45,13 @@ _MPII = (
 
 @dataclass(frozen=True)
 class Figure:
-    """One person, animal or object with its key points.
+    """One person, animal or object with its key points."""
 
-    Args:
-        image: name of the image, relative to the folder of images, or the encoded image.
-        square: left, top and side in pixels of the square it is seen in; None for the whole image.
-        points_k2: float32 (k, 2), x and y in pixels; NaN if a point is not annotated.
-        length: the length in pixels that distances are compared with.
-    """
-
-    image: str | bytes
+    image: str | bytes  # name of the image, relative to the folder of images, or the encoded image
+    # Left, top and side in pixels of the square it is seen in; None for the whole image.
     square: tuple[float, float, float] | None
-    points_k2: NDArray[np.float32]
-    length: float
+    points_k2: NDArray[np.float32]  # float32 (k, 2), x and y in pixels; NaN if a point is not annotated
+    length: float  # the length in pixels that distances are compared with
 
 
 @dataclass(frozen=True)

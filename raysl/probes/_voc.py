@@ -78,27 +78,17 @@ class VocSettings(Settings):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and its boxes.
+    """An image and its boxes."""
 
-    Args:
-        name: name in the split.
-        image: the encoded file.
-        size: height and width in pixels.
-        boxes_n4: float32 (n, 4): left, top, right, bottom in pixels, inside the image, with an area above 0.
-        classes: names of the classes of the n boxes.
-        difficult_n: bool (n,): boxes that are not judged.
-        dropped: number of boxes that had no area inside the image.
-        clipped: number of boxes that reached out of the image by more than a pixel.
-    """
-
-    name: str
-    image: bytes
-    size: tuple[int, int]
+    name: str  # name in the split
+    image: bytes  # the encoded file
+    size: tuple[int, int]  # height and width in pixels
+    # float32 (n, 4): left, top, right, bottom in pixels, inside the image, with an area above 0.
     boxes_n4: NDArray[np.float32]
-    classes: tuple[str, ...]
-    difficult_n: NDArray[np.bool_]
-    dropped: int = 0
-    clipped: int = 0
+    classes: tuple[str, ...]  # names of the classes of the n boxes
+    difficult_n: NDArray[np.bool_]  # bool (n,): boxes that are not judged
+    dropped: int = 0  # number of boxes that had no area inside the image
+    clipped: int = 0  # number of boxes that reached out of the image by more than a pixel
 
 
 def read(folder: Folder, split: str) -> list[Picture]:

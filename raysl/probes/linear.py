@@ -38,19 +38,12 @@ _MAX_IMAGES_PER_FEATURE = 0.75
 
 @dataclass(frozen=True)
 class Sgd:
-    """A schedule of SGD.
+    """A schedule of SGD."""
 
-    Args:
-        epochs: number of passes over the train set.
-        drops: epochs after which the learning rate is divided by ten.
-        lr: initial learning rate.
-        weight_decay: weight decay of the weights; the bias has none.
-    """
-
-    epochs: int
-    drops: tuple[int, ...]
-    lr: float = 0.01
-    weight_decay: float = 5e-4
+    epochs: int  # number of passes over the train set
+    drops: tuple[int, ...]  # epochs after which the learning rate is divided by ten
+    lr: float = 0.01  # initial learning rate
+    weight_decay: float = 5e-4  # weight decay of the weights; the bias has none
 
 
 SCHEDULES = {

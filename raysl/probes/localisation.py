@@ -57,17 +57,12 @@ class Config(Settings):
 
 @dataclass(frozen=True)
 class Moments:
-    """Frames with the sound around them.
+    """Frames with the sound around them."""
 
-    Args:
-        frames_bchw: uint8 (b, 3, s, s), the whole frame.
-        sounds_bchw: uint8 (b, 1, bands, windows).
-        boxes_b24: float (b, 2, 4): top, left, height and width of the sounding shape and of the silent one, as shares
-            of the frame; NaN where a shape is not seen.
-    """
-
-    frames_bchw: Tensor
-    sounds_bchw: Tensor
+    frames_bchw: Tensor  # uint8 (b, 3, s, s), the whole frame
+    sounds_bchw: Tensor  # uint8 (b, 1, bands, windows)
+    # float (b, 2, 4): top, left, height and width of the sounding shape and of the silent one, as shares of the frame;
+    # NaN where a shape is not seen.
     boxes_b24: NDArray[np.float64]
 
 

@@ -147,17 +147,11 @@ class Normals(InTask[Config]):
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its map of normals, which are read when they are used.
+    """An image and its map of normals, which are read when they are used."""
 
-    Args:
-        image: returns the encoded image.
-        map: returns the content of the map.
-        map_name: name of the map, for messages; its ending is its format.
-    """
-
-    image: Callable[[], bytes]
-    map: Callable[[], bytes]
-    map_name: str
+    image: Callable[[], bytes]  # returns the encoded image
+    map: Callable[[], bytes]  # returns the content of the map
+    map_name: str  # name of the map, for messages; its ending is its format
 
 
 def pairs(folder: Folder) -> list[Pair]:

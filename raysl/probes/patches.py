@@ -59,18 +59,13 @@ class Config(Settings):
 
 @dataclass(frozen=True)
 class Pieces:
-    """Patches or frames, as the network sees them.
+    """Patches or frames, as the network sees them."""
 
-    Args:
-        views_nchw: uint8 (n, 3, s, s).
-        sources_n: int64 (n,), the image or clip of each.
-        places_n2: float (n, 2), the middle of a patch as a share of the view; 0.5 for frames.
-        points_nk2: float (n, k, 2), key points in pixels, NaN where not seen; None without.
-    """
-
-    views_nchw: Tensor
-    sources_n: NDArray[np.int64]
+    views_nchw: Tensor  # uint8 (n, 3, s, s)
+    sources_n: NDArray[np.int64]  # int64 (n,), the image or clip of each
+    # float (n, 2), the middle of a patch as a share of the view; 0.5 for frames.
     places_n2: NDArray[np.float64]
+    # float (n, k, 2), key points in pixels, NaN where not seen; None without.
     points_nk2: NDArray[np.float32] | None = None
 
 

@@ -51,18 +51,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Table:
-    """Results of one probe with one protocol on the same images.
+    """Results of one probe with one protocol on the same images."""
 
-    Args:
-        probe: name of the probe.
-        caption: protocol and images.
-        columns: (layer, name) of each number.
-        lines: label, and an estimate or None for each column; sorted by the last column, the best first.
-    """
-
-    probe: str
-    caption: str
-    columns: tuple[tuple[str, str], ...]
+    probe: str  # name of the probe
+    caption: str  # protocol and images
+    columns: tuple[tuple[str, str], ...]  # (layer, name) of each number
+    # Label, and an estimate or None for each column; sorted by the last column, the best first.
     lines: tuple[tuple[str, tuple[Estimate | None, ...]], ...]
 
     def best(self, column: int) -> Estimate | None:
