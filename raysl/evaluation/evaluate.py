@@ -20,27 +20,10 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError, counted, explained, unknown
 from raysl.evaluation.apart import check_apart, same_set, warn_of_same, warn_of_shared
 from raysl.evaluation.options import ProbeConfig
-from raysl.evaluation.results import (
-    MODEL,
-    MOMENTUM,
-    ROWS,
-    TITLES,
-    add_rows,
-    check_writable,
-    protocol_hash,
-    shown,
-)
+from raysl.evaluation.results import MODEL, ROWS, TITLES, add_rows, check_writable, protocol_hash, shown
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
 from raysl.ingestion import resolve
-from raysl.probes import (
-    EncoderProbe,
-    FeatureProbe,
-    LabelledProbe,
-    Probe,
-    Row,
-    Subject,
-    common_labels,
-)
+from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe, Row, Subject, common_labels
 from raysl.probes._frozen import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
@@ -89,7 +72,7 @@ def probe(
     return _run_probes(context, sources, train, test, config)
 
 
-def probe_model(
+def probe_encoder(
     source: Encoder,
     title: str,
     train: DataSet | str,
@@ -97,37 +80,22 @@ def probe_model(
     config: ProbeConfig | None = None,
     **changes: Any,
 ) -> list[dict[str, Any]]:
-    """Probe an encoder that is not a run, such as published weights, and add the rows to the folder `out`.
+    """Probe an encoder: a run as `probe` does, any other one with its rows in the folder `out`.
 
     Args:
         title: name of the model in reports.
-        config: what is probed; its `out` is required and its `encoders` are not used.
-
-    Returns:
-        As `probe`.
+        config: what is probed; of a model that is not a run, its `out` is required and its `encoders` are not used.
 
     Raises:
-        UserError: as `probe`, or `out` is empty or holds results of another model.
+        UserError: as `probe`; `image_size` is given for a run; `out` is empty or holds results of another model.
     """
     config = _with_changes(config, changes)
     config.check_encoder(source, title)
+    if isinstance(source, extraction.Trained):
+        return probe(source.run, train, test, config, checkpoint=source.checkpoint)
     context = _context_of(config.out, title, source, config.image_size or view_size(source), config.seed)
     check_writable(context.run.folder / ROWS, "probe")
     return _run_probes(context, [source], train, test, config)
-
-
-def probe_encoder(
-    source: Encoder, title: str, train: DataSet | str, test: DataSet | str, config: ProbeConfig
-) -> list[dict[str, Any]]:
-    """Probe a run by `probe` and any other encoder by `probe_model`.
-
-    Raises:
-        UserError: as these, or `image_size` is given for a run.
-    """
-    if not isinstance(source, extraction.Trained):
-        return probe_model(source, title, train, test, config)
-    config.check_encoder(source, title)
-    return probe(source.run, train, test, config, checkpoint=source.checkpoint)
 
 
 def folder_of(source: Encoder, config: ProbeConfig) -> Folder:
@@ -383,7 +351,7 @@ def _stored_rows(found: Iterable[Row], probe: Probe, identity: Mapping[str, Any]
 
 
 def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
-    if name in ("trained", MOMENTUM):
+    if name not in ("random", "pixels"):
         return extraction.Trained(run, checkpoint or run.newest(), name)
     return extraction.untrained(run) if name == "random" else extraction.Pixels()
 

@@ -44,6 +44,12 @@ MODEL = "model.json"
 # A row replaces an earlier row that has the same values of these fields.
 KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
 _TABLE_KEY = ("probe", "protocol", "train", "test")
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("probe", "name", "layer", "encoder", "protocol", "train", "test"), str),
+    **dict.fromkeys(("step", "seed", "primary"), int),
+    "value": int | float,
+    "time": float,
+}
 # Measures that are shares of 1, which people read as per cent.
 _SHARE = re.compile(
     r"(top\d|balanced|mAP|AP|PCK(_without_image)?|within|peak_in|middle_in|precision|closer|readout|chance|constant)"
@@ -157,8 +163,6 @@ def _read(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
         if (header["rows"], header["crc32"]) != (lines.count(b"\n"), zlib.crc32(lines)):
             raise ValueError("its checksum does not match")
         rows = [_checked(json.loads(line)) for line in lines.splitlines()]
-        if not all(isinstance(row["time"], float) for row in rows):
-            raise ValueError("a row has no time")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"The results of probes in {folder / name} are damaged: {error}. Delete that file and run the same "
@@ -169,12 +173,10 @@ def _read(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
 
 def _checked(row: Any) -> dict[str, Any]:
     """Return a row if its fields have the right types, so that no report fails on it. Raises ValueError or KeyError."""
-    texts = ("probe", "name", "layer", "encoder", "protocol", "train", "test")
-    if not all(isinstance(row[name], str) for name in texts):
-        raise ValueError("a row has a name that is not text")
-    if not all(isinstance(row[name], int) for name in ("step", "seed", "primary")):
-        raise ValueError("a row has no step, no seed or no primary")
-    if not isinstance(row["value"], int | float) or not math.isfinite(row["value"]):
+    for name, kind in _TYPES.items():
+        if not isinstance(row[name], kind):
+            raise ValueError(f"its {name} is {row[name]!r}")
+    if not math.isfinite(row["value"]):
         raise ValueError("a value is not a finite number")
     num_test = row.get("num_test", 0)
     if not isinstance(num_test, int) or isinstance(num_test, bool) or num_test < 0:
@@ -300,15 +302,12 @@ def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int,
     return order.index(row["encoder"]), row["step"], row["seed"], title
 
 
-def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
+def verdicts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return sentences for each probe that say if the trained encoder is better than the baselines.
 
     Each encoder counts with the primary metric of its best layer. A probe that gives no score says what it has found
-    in each layer, or that it is none.
-
-    Args:
-        num_test: number of test images, for rows that do not say it. Accuracies that differ by less than two standard
-            errors, of independent images, are called equal.
+    in each layer, or that it is none. Accuracies that differ by less than two standard errors, of independent images,
+    are called equal.
     """
     sentences = []
     members: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -322,8 +321,7 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
         best = {row["encoder"]: row for row in sorted(found, key=lambda row: float(row["value"]))}
         others = [best[encoder] for encoder in ENCODERS[1:] if encoder in best]
         if "trained" in best and others:
-            count = best["trained"].get("num_test", 0) or num_test
-            sentences.append(_verdict(name, best["trained"], others, count))
+            sentences.append(_verdict(name, best["trained"], others))
     return sentences
 
 
@@ -341,7 +339,8 @@ def _findings(name: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [" ".join([*found, "Only a probe with labels tells if the features are useful."])]
 
 
-def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]], num_test: int) -> str:
+def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]]) -> str:
+    num_test = trained.get("num_test", 0)
     called = {"random": "the untrained network", "pixels": "raw pixels"}
     margins = [margin(row["name"], (trained["value"], row["value"]), num_test) for row in others]
     found: dict[str, list[str]] = {"better": [], "not clearly better": [], "worse": []}
