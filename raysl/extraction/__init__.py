@@ -24,36 +24,3 @@ from raysl.extraction.reestimated import Reestimated, load_maps
 from raysl.extraction.reestimated import load as load_reestimated
 from raysl.storage.feature_files import FeatureForm
 from raysl.storage.feature_store import FeatureStore
-
-__all__ = [
-    "SETTINGS",
-    "Encode",
-    "EncodeMaps",
-    "Encoder",
-    "FeatureExtractor",
-    "FeatureForm",
-    "FeatureProtocol",
-    "FeatureStore",
-    "FeaturesConfig",
-    "Heads",
-    "NetworkEncoder",
-    "Pixels",
-    "RandomBackbone",
-    "Reestimated",
-    "Trained",
-    "Weights",
-    "actor_resources",
-    "check_encoder",
-    "check_layers",
-    "compute_features",
-    "encoder_by_name",
-    "extract_all",
-    "feature_spec",
-    "heads",
-    "load",
-    "load_maps",
-    "load_reestimated",
-    "stages",
-    "untrained",
-    "view_size",
-]
