@@ -17,7 +17,7 @@ from raysl.dataset import DataSet
 from raysl.errors import Unset
 from raysl.model import DatasetInfo, Model
 from raysl.reporting import combinations, pictures, protocols
-from raysl.reporting.hyperparameters import cell, hyperparameters
+from raysl.reporting.protocols import cell, hyperparameters
 from raysl.storage import Folder
 from raysl.stream.views import View
 from raysl.training import recipes
