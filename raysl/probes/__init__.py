@@ -44,6 +44,9 @@ KEPT: Final = "kept"
 REESTIMATED: Final = "reestimated"
 # Test classes are unbalanced when the largest has more than this many times the images of the smallest.
 _UNBALANCED = 2
+# Features that take a larger share of the GPU's memory, in which scores and gradients need room too, stay in the memory
+# of the host. Tiles of an eighth of this share are sent whenever they are needed. Results differ by rounding only.
+_SHARE = 0.5
 
 
 class Settings(Checked):
@@ -351,3 +354,25 @@ def rank(scores_nc: Tensor, labels_n: Tensor) -> Tensor:
     ahead_nc = (scores_nc > right_n1) | ((scores_nc == right_n1) & before)
     possible_n = (labels_n < classes) & (right_n1[:, 0] > -torch.inf)
     return torch.where(possible_n, ahead_nc.sum(1), classes)
+
+
+def tile_rows(features_nd: NDArray[np.float32], device: torch.device) -> int:
+    """Return how many rows of features lie on a device at a time: all if they fit, and on the CPU; at least 1."""
+    if device.type == "cpu":
+        return len(features_nd)
+    allowed_bytes = _SHARE * torch.cuda.mem_get_info(device)[1]
+    if features_nd.nbytes <= allowed_bytes:
+        return len(features_nd)
+    return max(1, int(allowed_bytes / 8 / features_nd[0].nbytes))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Send features to a device in tiles of rows."""
+
+    device: torch.device
+    rows: int
+
+    def __call__(self, features_nd: Tensor) -> Iterator[Tensor]:
+        """Yield tiles (rows, d) on the device; no copies of what is there already."""
+        return (tile_nd.to(self.device) for tile_nd in torch.split(features_nd, self.rows))

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank, same_images
-from raysl.probes._tiles import Tiles, tile_rows
+from raysl.probes import Labelled, Row, Settings, Tiles, accuracy_rows, check, rank, same_images, tile_rows
 from raysl.ray_cluster import gpus
 
 # Similarities of a tile of queries with a tile of train images take 128 MB; 2 GB if the train images are sent in tiles.

@@ -26,8 +26,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from raysl import optim, rng
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
-from raysl.probes._tiles import Tiles, tile_rows
+from raysl.probes import Labelled, Row, Settings, Tiles, accuracy_rows, check, rank, tile_rows
 from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
