@@ -34,11 +34,7 @@ ONE_SOURCE = ("data", "train", "validation", "test")
 
 
 def dataset(data: Data) -> DataSet:
-    """Open a data set. A source that is not one yet is ingested into the cache first.
-
-    Raises:
-        UserError: nothing lies there, or it is not a source of images.
-    """
+    """Open a data set; another source is ingested into the cache first. Raises UserError if there are no images."""
     from raysl.dataset import DataSet
 
     if isinstance(data, DataSet):
@@ -172,9 +168,7 @@ def _check_images(asked: Pretraining) -> None:
 def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
     """Return True if a run trains in this process, so that Ray need not start.
 
-    Args:
-        values: fields that are given; what they leave open is chosen.
-        asked: the same, completed with the defaults of the classes.
+    `values` are the fields that are given, and `asked` completes them with the defaults of the classes.
     """
     from raysl.config import defaults
     from raysl.run import Run
@@ -198,10 +192,7 @@ def _from_weights_file(config: Pretraining) -> Pretraining:
 def _with_weights_file(values: Mapping[str, Any], run: str) -> dict[str, Any]:
     """Return the fields of a run with the file of its starting weights, and the backbone that is stated with it.
 
-    A run that exists keeps its file, also where that is gone.
-
-    Raises:
-        UserError: there are no such weights.
+    A run that exists keeps its file, also where that is gone. Raises UserError if there are no such weights.
     """
     from raysl.extraction.inference import starting_weights, stated_backbone
     from raysl.run import Run

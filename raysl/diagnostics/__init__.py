@@ -90,11 +90,7 @@ class DoctorConfig(CheckedTop):
 
 
 def diagnose(given: DoctorConfig) -> Diagnosis:
-    """Check the GPUs, look at the cluster or measure a run, as the configuration says.
-
-    Raises:
-        UserError: as `look` and `examine` do.
-    """
+    """Check the GPUs, look at the cluster or measure a run, as the configuration says. Raises UserError as these."""
     if given.gpu:
         ray_cluster.start()
         return gpu_check.check(resolve(given.data), given.out)
@@ -104,8 +100,7 @@ def diagnose(given: DoctorConfig) -> Diagnosis:
 def look(given: DoctorConfig) -> Fleet:
     """Show the machines of the cluster, what a run would take of them, and machines that run other code.
 
-    Raises:
-        UserError: there is no cluster, or a price is malformed.
+    Raises UserError if there is no cluster, or a price is malformed.
     """
     prices = given.price_list()
     ray_cluster.start(compare=False)

@@ -292,11 +292,7 @@ CHECKS: dict[str, Callable[[Bench], Numbers]] = {
 
 
 def check(dataset: DataSet, out: str = "") -> Certificate:
-    """Run all checks, print their numbers, and write the certificate.
-
-    Args:
-        out: JSON file for the certificate; "" for none.
-    """
+    """Run all checks, print their numbers, and write the certificate to the JSON file `out`; "" for none."""
     on_gpu = torch.cuda.is_available()
     bench = Bench(dataset, on_gpu)
     checks: dict[str, Numbers] = {}

@@ -64,11 +64,7 @@ class Fleet:
 
 
 def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
-    """Survey the cluster that Ray is connected to.
-
-    Args:
-        prices: US dollars an hour by type of machine; they override the cluster's configuration.
-    """
+    """Survey the cluster that Ray is connected to; `prices` by type of machine override its configuration."""
     capacity = autoscaler.capacity()
     alive = [node for node in ray.nodes() if node["Alive"]]
     placement, refused, started, waits = None, "", {}, ""

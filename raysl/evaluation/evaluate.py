@@ -44,11 +44,9 @@ def probe(
 
     Args:
         run: a run with at least one complete checkpoint, or its folder.
-        train: labelled data that the probes learn from; a path, a URI or another source that `raysl.ingestion.resolve`
-            accepts.
+        train: labelled data that the probes learn from; a source that `raysl.ingestion.resolve` accepts.
         test: labelled data on which the probes are scored. Probes without labels use only these images.
-        config: what is probed; see `ProbeConfig`.
-        **changes: fields of `ProbeConfig` that replace those of `config`.
+        config: what is probed; fields in `changes` replace its own.
 
     Returns:
         The rows of this call: `raysl.evaluation.results.KEY`, "value", "primary" (the row stands for its probe),
@@ -198,11 +196,7 @@ def _run_probes(
 
 
 def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: DataSet) -> None:
-    """Check the data of all probes before anything is computed; for `ready` see `ProbeConfig.ready`.
-
-    Raises:
-        UserError: the data do not suit a probe, or a probe that learns would be scored on the same images.
-    """
+    """Raise UserError if data do not suit one of the probes, or one that learns would be scored on the same images."""
     check_apart(list(ready), train, test)
     for _, probe in ready.values():
         if hasattr(probe, "check_data"):

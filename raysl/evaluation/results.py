@@ -60,10 +60,7 @@ _SHARE = re.compile(
 def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statistics: str = probes.KEPT) -> str:
     """Return a hash of all settings that a probe's value depends on, apart from encoder, layer and data.
 
-    Args:
-        config: its Config; see `raysl.probes.settings`.
-        protocol: how images become features. Its layers are not part of the hash.
-        bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
+    The layers of `protocol` are not part of it. For `bn_statistics` see `raysl.evaluation.options.ProbeConfig`.
     """
     features = {key: value for key, value in vars(protocol).items() if key != "layers"}
     if bn_statistics != probes.KEPT:
@@ -74,11 +71,7 @@ def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statisti
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    """Return all rows that probes have added to a run, the newest of each `KEY`.
-
-    Raises:
-        UserError: a file of rows is damaged, or was written by raysl 0.1.
-    """
+    """Return the newest row of each `KEY` of a run. Raises UserError if a file is damaged, or of raysl 0.1."""
     if run.folder.exists(_OLD_ROWS):
         raise UserError(
             f"The results of probes in {run.folder / _OLD_ROWS} were written by raysl 0.1, which this version does not "
@@ -204,9 +197,7 @@ def rows_of_probe(
     """Return the rows of one probe under one protocol on given data, of all layers and encoders.
 
     Args:
-        run: a run of raysl.
-        train: fingerprint of the train set.
-        test: fingerprint of the test set.
+        train, test: fingerprints of the data sets.
         config: Config of the probe; None for its defaults.
         step: only rows of this checkpoint and of untrained encoders; None for all.
         bn_statistics: see `protocol_hash`.
@@ -233,10 +224,8 @@ def shown(row: Mapping[str, Any]) -> str:
 def tables(rows: Iterable[Mapping[str, Any]], sets: Iterable[DataSet] = ()) -> list[Table]:
     """Return tables of rows: one for each probe, protocol and pair of data sets, with a column for each encoder.
 
-    A table of several layers shows the primary metric, or all measures where some layer has no primary metric.
-
-    Args:
-        sets: data sets of the rows; captions tell how large they are.
+    A table of several layers shows the primary metric, or all measures where some layer has no primary metric. Captions
+    tell how large the data sets in `sets` are.
     """
     sizes = {one.manifest.fingerprint: _size(one) for one in sets}
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -279,10 +268,8 @@ def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:
 def describe_images(train: str, test: str, sizes: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the images that a value depends on, as text.
 
-    Args:
-        train: fingerprint of the train set; empty if the probe did not see it.
-        test: fingerprint of the test set; empty if the protocol names the images.
-        sizes: text to add to a fingerprint.
+    Both fingerprints are empty if the protocol names the images, and that of the train set if the probe did not see it.
+    `sizes` are texts to add to a fingerprint.
     """
     named = {one: f"{one[:8]}{sizes.get(one, '')}" for one in (train, test)}
     if train and train == test:

@@ -36,8 +36,7 @@ def weights_in(name: str) -> str:
 def find(name: str, of_timm: bool = True) -> tuple[str, BackboneConfig | None, int]:
     """Return the weights file of a folder or file, and the backbone and image size that are stated with it.
 
-    Args:
-        of_timm: whether a `config.json` of timm states them, and not only what raysl wrote.
+    A `config.json` of timm counts only if `of_timm`, what raysl wrote always.
     """
     name = weights_in(name)
     if name.startswith(_WEB):

@@ -225,11 +225,7 @@ def _run_pool(
 
 
 def actor_resources(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
-    """Return the number of extraction actors and the resources of each; together they take half of the CPUs.
-
-    Args:
-        resources: {"CPU": n, "GPU": n} of the cluster.
-    """
+    """Return the number of actors on a cluster, {"CPU": n, "GPU": n}, and the resources of each: half of the CPUs."""
     cpus, gpus = float(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     size = gpus or max(1, int(cpus))
     share = {"num_cpus": int(500 * cpus / size) / 1000}
@@ -282,10 +278,7 @@ class _Actor:
         return gpus.device()
 
     def encode(self, number: int) -> Encode:
-        """Return the encoder of an extraction.
-
-        It is not loaded in the constructor, where Ray would restart the actor and hide the error.
-        """
+        """Return the encoder of an extraction; not loaded in the constructor, where Ray would hide an error."""
         if number not in self.loaded:
             extraction = self.extractions[number]
             self.loaded[number] = extraction.source.load(

@@ -149,11 +149,7 @@ def check_out(out: str) -> None:
 
 
 def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
-    """Return True if a folder holds the wanted features, finished. In a new folder, write which features are wanted.
-
-    Raises:
-        UserError: the folder holds other features.
-    """
+    """Return True if a folder holds the wanted features; in a new one, write which. Raises UserError for others."""
     finished = folder.exists(FINISHED)
     name = FINISHED if finished else STARTED
     if not folder.exists(name):

@@ -29,11 +29,7 @@ class Heads:
 def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Heads | None:
     """Return the heads of a run with an objective that compares views; None for other runs and other encoders.
 
-    Args:
-        by_batch: see `Encoder.load`; for each view separately.
-
-    Raises:
-        UserError: the checkpoint is damaged.
+    For `by_batch` see `Encoder.load`; each view has its own statistics. Raises UserError if the checkpoint is damaged.
     """
     if not isinstance(encoder, Trained):
         return None
@@ -56,11 +52,7 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
 
 
 def trained_model(encoder: Trained) -> Model:
-    """Return the whole model of a run, with its objective, in eval mode on the CPU.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
+    """Return the whole model of a run, in eval mode on the CPU. Raises UserError if the checkpoint is damaged."""
     config, data = encoder.run.config(), encoder.run.metadata()["data"]
     with torch.random.fork_rng(devices=[]):
         # The checkpoint holds all weights.

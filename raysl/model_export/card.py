@@ -137,11 +137,9 @@ def _without(backbone: Backbone, config: Pretraining) -> str:
 
 
 def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: DataSet | None = None) -> str:
-    """Return the card of the weights of a step.
+    """Return the card of the weights of a step in a format.
 
-    Args:
-        form: format of the weights.
-        bn_images: the data set that `raysl.extraction.Reestimated` was given; None for the statistics of pretraining.
+    `bn_images` is the data set that `raysl.extraction.Reestimated` was given; None for the statistics of pretraining.
     """
     config, data = run.config(), run.metadata()["data"]
     # The last identity has replaced the head.

@@ -109,11 +109,7 @@ class LabelledProbe(Protocol):
     dims: int
 
     def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
-        """Learn from `train` and score on `test`. A class that only `test` has is never predicted.
-
-        Raises:
-            UserError: the features or the labels do not suit the probe; see `check`.
-        """
+        """Learn from `train` and score on `test`; only classes of `train` are predicted. Raises as `check`."""
         ...
 
 
@@ -125,11 +121,7 @@ class FeatureProbe(Protocol):
     dims: int
 
     def measure(self, features_nd: NDArray[np.float32]) -> Iterator[Row]:
-        """Measure the features of the test images, float32 (n, d).
-
-        Raises:
-            UserError: the features do not suit the probe; see `check_features`.
-        """
+        """Measure the features of the test images, float32 (n, d). Raises UserError as `check_features`."""
         ...
 
 
@@ -140,11 +132,7 @@ class EncoderProbe(Protocol):
     primary_metric: str
 
     def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield rows, each with its layer.
-
-        Raises:
-            UserError: the encoder or the images do not suit the probe.
-        """
+        """Yield rows, each with its layer. Raises UserError if the encoder or the images do not suit the probe."""
         ...
 
 
@@ -182,11 +170,7 @@ def finding(name: str, layer: str, values: Mapping[str, float]) -> str:
 
 
 def required(name: str) -> list[str]:
-    """Return the flags of a probe that have no usable default (an empty string), such as a folder.
-
-    Raises:
-        UserError: there is no probe of that name.
-    """
+    """Return the flags of a probe that have no usable default, such as a folder. Raises UserError as `load`."""
     config = config_type(name)()
     unset = [field.name for field in fields(config) if getattr(config, field.name) == ""]
     return [f"--{name}.{field}".replace("_", "-") for field in unset]
@@ -242,14 +226,9 @@ def common_labels(train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDA
 def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, learns: bool = False) -> None:
     """Check the input of a probe with labels.
 
-    Args:
-        name: name of the probe, for messages.
-        several: the probe accepts images that show several classes.
-        learns: the probe learns from the train set, and so refuses to be scored on it.
-
     Raises:
-        UserError: a set is empty, features are not finite, the train set shows one class, images show several classes
-            and the probe does not accept them, or the sets are the same and the probe learns.
+        UserError: a set is empty, features are not finite, the train set shows one class, images show `several` classes
+            and the probe does not accept them, or the sets are the same and the probe `learns`.
     """
     for kind, data in (("train", train), ("test", test)):
         check_features(data.features_nd, kind)
@@ -277,12 +256,7 @@ def check_labels(name: str, train_labels_n: NDArray[np.int64], *, same: bool) ->
 
 
 def check_features(features_nd: NDArray[np.float32], kind: str) -> None:
-    """Raise UserError if there are no features, or if they are not finite.
-
-    Args:
-        features_nd: float32 (n, d).
-        kind: "train" or "test", for messages.
-    """
+    """Raise UserError if there are no features, or if they are not finite; `kind` is "train" or "test"."""
     if not len(features_nd):
         raise UserError(f"The {kind} set of the probe has no images. Give a data set that has images.")
     if not np.isfinite(features_nd).all():
@@ -295,13 +269,9 @@ def check_features(features_nd: NDArray[np.float32], kind: str) -> None:
 def sample_each_class(
     order_n: NDArray[np.int64], labels_n: NDArray[np.int64], count_of: Callable[[int], int]
 ) -> NDArray[np.int64]:
-    """Return some images of each class: int64, sorted indices.
+    """Return sorted indices of the first images of each class in a random order.
 
-    Args:
-        order_n: int64 (n,), a random order of the images; the first of each class are taken.
-        labels_n: int64 (n,).
-        count_of: returns the number of images to take of a class, from the number that it has. A smaller number takes
-            a subset of the images of a larger one.
+    `count_of` returns how many are taken of a class, from the number that it has; fewer are a subset of more.
     """
     taken = []
     for c in np.unique(labels_n):
@@ -321,13 +291,8 @@ def multi_hot(labels_n: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
 def accuracy_rows(rank_n: Tensor, labels_n: Tensor, classes: int, suffix: str = "") -> Iterator[Row]:
     """Yield top-1, top-5 if there are more than five classes, and the balanced accuracy of unbalanced test sets.
 
-    The balanced accuracy is the mean over the classes of the test set of the top-1 of their images.
-
-    Args:
-        rank_n: see `rank`.
-        labels_n: int64 (n,), labels of the test set.
-        classes: number of classes in the train set.
-        suffix: appended to the names of the rows.
+    The balanced accuracy is the mean over the classes of the test set of the top-1 of their images. For `rank_n` see
+    `rank`; `labels_n` is of the test set, and `classes` is the number of those in the train set.
     """
     rank_n, labels_n = rank_n.cpu(), labels_n.cpu()
     for k in (1, 5) if classes > 5 else (1,):

@@ -102,7 +102,6 @@ def measure(
     """Train on some of the train images and return accuracies and the mean training loss of the last epoch.
 
     Args:
-        name: name of the probe, for messages.
         chosen_n: indices of the images to learn from.
         labels: labels of all train and all test images; see `labels_of`.
         suffix: appended to the names of the rows.
@@ -145,11 +144,7 @@ def train(
     labels_n: NDArray[np.int64],
     threads: ThreadPoolExecutor,
 ) -> list[float]:
-    """Train a network in place and return the mean loss of every epoch.
-
-    Args:
-        network: maps uint8 images to logits; its parts are `backbone` and `head`.
-    """
+    """Train a network of the parts `backbone` and `head` in place and return the mean loss of every epoch."""
     images = subject.train.read(indices_n, ("image",)).column("image").to_pylist()
     solvers = [
         (optim.build(config.optim, network.get_submodule("backbone")), 1.0),

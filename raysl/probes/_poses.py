@@ -95,12 +95,9 @@ def read(folder: Folder, file: str, reference: str) -> Figures:
 
 
 def of_clips(data: DataSet, frames: int) -> Figures:
-    """Return the figures of a data set of clips with key points, in whole frames.
+    """Return the figures of a data set of clips with key points, in some whole frames, evenly spaced in time.
 
     The length is the longer side of the box of the key points that are seen.
-
-    Args:
-        frames: number of frames of each clip, evenly spaced in time.
     """
     figures = []
     for _, clips, row in each_clip(data, ("frames", "times", "keypoints")):
@@ -211,12 +208,7 @@ def _square(x: float, y: float, longest: float) -> tuple[float, float, float]:
 
 
 def views(figures: Sequence[Figure], images: Folder | None, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return figures as the probe sees them.
-
-    Args:
-        figures: b figures.
-        images: folder of their images, if they have names.
-        size: side of the view in pixels.
+    """Return b figures as the probe sees them, in views of `size` pixels; `images` is the folder of those with names.
 
     Returns:
         uint8 (b, 3, size, size); the key points as shares of the view, float (b, k, 2), NaN where not annotated; and

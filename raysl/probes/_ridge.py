@@ -32,11 +32,7 @@ class Readout:
 
 
 class Moments:
-    """Sums over rows of features (d) and targets (k), in float64: all that a ridge regression needs.
-
-    Args:
-        device: where the sums are kept.
-    """
+    """Sums over rows of features (d) and targets (k), in float64: all that a ridge regression needs."""
 
     def __init__(self, d: int, k: int, device: torch.device | str = "cpu") -> None:
         self.rows = 0

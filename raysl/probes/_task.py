@@ -29,11 +29,7 @@ class InTask(Generic[C]):
         self.config = config
 
     def check_data(self, train: DataSet, test: DataSet) -> None:
-        """Check the data before anything is computed; see `raysl.evaluation.evaluate.check_data`.
-
-        Raises:
-            UserError: the data do not suit the probe.
-        """
+        """Raise UserError, before anything is computed, if the data do not suit the probe."""
 
     def rows(self, subject: Subject) -> list[Row]:
         """Return the rows of all layers, inside of the task. Raises UserError as `EncoderProbe.examine`."""

@@ -140,10 +140,7 @@ def learn(
 ) -> list[float]:
     """Train a detector in place and return the mean loss of every epoch.
 
-    The detector draws from torch's global generator.
-
-    Raises:
-        UserError: the loss is no longer finite.
+    The detector draws from torch's global generator. Raises UserError if the loss is no longer finite.
     """
     solvers: list[tuple[torch.optim.Optimizer, float]] = [(optim.build(config.optim, detector), 1.0)]
     size = min(config.batch_size, len(pictures))
@@ -208,9 +205,6 @@ def score(
     Args:
         pictures: the annotated images; at least one box is not difficult.
         found: the detections in each picture; labels count from 1 in the order of `classes`.
-
-    Raises:
-        UserError: pycocotools is not installed.
     """
     coco, evaluation = _pycocotools()
     rows = [

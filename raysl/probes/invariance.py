@@ -287,8 +287,7 @@ def distances(one_nd: Tensor, other_nd: Tensor) -> NDArray[np.float64]:
 def to_others(features_nd: Tensor, most: int) -> NDArray[np.float64]:
     """Return float64 (n, k): distances of each row to the next k rows; k is `most`, or all others if there are fewer.
 
-    Args:
-        features_nd: features in a random order, so that the next rows are a random sample.
+    The features are in a random order, so that the next rows are a random sample.
     """
     unit_nd = normalize(features_nd.double(), dim=1)
     shifts = range(1, min(most, len(unit_nd) - 1) + 1)

@@ -120,10 +120,7 @@ class Linear:
     ) -> tuple[float, Solution]:
         """Return the weight decay that is best on the held-out images (the stronger of equals), and the solution.
 
-        Args:
-            train_nd: standardised features.
-            labels_n: int64 (n,).
-            num_fitted: number of images, the first ones, that are not held out.
+        The first `num_fitted` images are not held out.
         """
         fit = Fit(train_nd, int(labels_n.max()) + 1, self.config, tiles)
         strongest_first = sorted(self.config.weight_decays, reverse=True)

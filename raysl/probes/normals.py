@@ -104,11 +104,7 @@ class Normals(InTask[Config]):
             )
 
     def rows(self, subject: Subject) -> list[Row]:
-        """Return the angle statistics of each layer.
-
-        Raises:
-            UserError: the folder is not in the layout, a file is damaged, or a layer has no map.
-        """
+        """Return the rows of each layer. Raises UserError if a layer has no map, or as `pairs` and `normals_of`."""
         config, size, device = self.config, subject.image_size, gpus.device()
         if config.data:
             train, test = (pairs(Folder(config.data) / split) for split in _SPLITS)
@@ -155,11 +151,7 @@ class Pair:
 
 
 def pairs(folder: Folder) -> list[Pair]:
-    """Return the images of a split with their maps of normals, sorted by name.
-
-    Raises:
-        UserError: there are no images, or an image has no map.
-    """
+    """Return the images of a split with their maps, sorted by name. Raises UserError if there are none, or no map."""
     images, maps = (
         {name.rpartition(".")[0] or name: name for name in place.list() if not name.startswith(".")}
         for place in (folder / IMAGES, folder / NORMALS)
@@ -294,12 +286,7 @@ def _grid(normals_13hw: Tensor, side: int) -> Tensor:
 
 
 def angles(said_13hw: Tensor, true_13hw: Tensor) -> Tensor:
-    """Return the angle in degrees at every pixel that has a normal: float (n,).
-
-    Args:
-        said_13hw: predictions of any length.
-        true_13hw: unit vectors, or zeros where there is none.
-    """
+    """Return the angle in degrees of predictions, of any length, at every pixel that has a normal: float (n,)."""
     there_hw = true_13hw[0].square().sum(0) > 0
     cosine_hw = (normalize(said_13hw, dim=1) * true_13hw).sum(1)[0]
     return torch.rad2deg(cosine_hw[there_hw].double().clamp(-1, 1).acos())

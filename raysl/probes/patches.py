@@ -156,11 +156,7 @@ def neighbours(
     gallery: Pieces,
     same: bool,
 ) -> NDArray[np.int64]:
-    """Return the k nearest pieces of the gallery, int64 (n, k); none of the own image if both sets are the same.
-
-    Args:
-        same: both come from one data set.
-    """
+    """Return the k nearest pieces of the gallery, int64 (n, k); none of the own image if both sets are the `same`."""
     _, order_nm = nearest(query_nd, gallery_md, len(gallery_md) if same else k)
     if not same:
         return order_nm

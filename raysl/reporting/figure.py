@@ -38,11 +38,7 @@ def plot_png(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
 
 
 def panels_png(draws: Mapping[str, Callable[[Any], None]]) -> bytes:
-    """Return a PNG of several pairs of axes, three in a row, each with a title.
-
-    Args:
-        draws: a function that fills each pair of axes, by title.
-    """
+    """Return a PNG of several pairs of axes, three in a row, each with its title and filled by its function."""
     columns = min(_COLUMNS, len(draws))
     lines = math.ceil(len(draws) / columns)
 

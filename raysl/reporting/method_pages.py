@@ -58,13 +58,8 @@ def names() -> list[str]:
 def write(folder: Path, images: DataSet, clips: DataSet) -> None:
     """Write all pages with their pictures, the page of the probes, and an index; make the folder.
 
-    Args:
-        folder: where to write.
-        images: the images of the pictures.
-        clips: the same for methods that learn from clips.
-
-    Raises:
-        UserError: the folder cannot be written.
+    The pictures show `images`, or `clips` for methods that learn from them. Raises UserError if the folder cannot be
+    written.
     """
     place = Folder(str(folder))
     place.write("README.md", index().encode())
@@ -99,11 +94,7 @@ def index() -> str:
 
 
 def page(name: str) -> str:
-    """Return the page of an objective or a transform in Markdown.
-
-    Raises:
-        UserError: the name is unknown.
-    """
+    """Return the page of an objective or a transform in Markdown. Raises UserError if the name is unknown."""
     summary, _, rest = (inspect.getdoc(_module(name)) or "").partition("\n\n")
     method = typical_method(name)
     usual = f"raysl pretrain --data DATA --run RUN --method {method}"

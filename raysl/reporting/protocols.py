@@ -36,11 +36,7 @@ def page() -> str:
 
 
 def section(name: str) -> str:
-    """Return the section of one probe.
-
-    Raises:
-        UserError: the name is unknown.
-    """
+    """Return the section of one probe. Raises UserError if the name is unknown."""
     config_type, probe_type = probes.load(name)
     config = config_type()
     probe = probe_type(config)

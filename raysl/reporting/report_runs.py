@@ -73,11 +73,7 @@ class LabelledRow:
 
 
 def groups(folders: Sequence[str]) -> list[Group]:
-    """Return the folders in groups, sorted by label.
-
-    Raises:
-        UserError: a folder holds neither a run nor a probed model, or is damaged.
-    """
+    """Return the folders in groups, sorted by label. Raises UserError for one without a run or model, or damaged."""
     runs = [_loaded(Folder(folder)) for folder in dict.fromkeys(folder.rstrip("/") for folder in folders)]
     runs.sort(key=lambda member: (member.name, member.seed, str(member.run.folder)))
     gathered: dict[str, list[ReportRun]] = {}

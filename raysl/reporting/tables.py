@@ -77,11 +77,7 @@ class Table:
 
 
 def tables(rows: Sequence[LabelledRow], primary: bool = True) -> list[Table]:
-    """Return a table for each probe, protocol and pair of data sets.
-
-    Args:
-        primary: take the primary metric of each probe; if False, all other numbers.
-    """
+    """Return a table of the primary metric, or else of all other numbers, for each probe, protocol and data sets."""
     chosen = [item for item in rows if bool(item.row["primary"]) == primary]
     return [_table(members) for _, members in by_protocol(chosen)]
 
@@ -101,10 +97,7 @@ def _table(members: Sequence[LabelledRow]) -> Table:
 
 
 def estimates(rows: Sequence[LabelledRow]) -> dict[tuple[str, str, str], Estimate]:
-    """Return the estimate of each (label, layer, name) of rows of one protocol.
-
-    A seed counts once, with the mean over its runs.
-    """
+    """Return the estimate of each (label, layer, name) of rows of one protocol; a seed counts once, with its mean."""
     values: dict[tuple[str, str, str], dict[int | None, dict[str | None, float]]] = {}
     for item in rows:
         key = (item.label, item.row["layer"], item.row["name"])
