@@ -16,13 +16,13 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from raysl import extraction, probes
-from raysl.errors import UserError, counted
+from raysl.errors import UserError, counted, explained
 from raysl.extraction import FeatureProtocol
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -121,7 +121,7 @@ def add_rows(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
         UserError: the folder cannot be written, or the file of this process is damaged.
     """
     folder, name = run.folder / ROWS, _file_of(os.getpid())
-    before = list(_read(folder, name)) if folder.exists(name) else []
+    before = _read(folder, name) if folder.exists(name) else []
     now = [{**row, "time": time.time()} for row in rows]
     lines = jsonl({_key(row): row for row in [*before, *now]}.values())
     header = {"rows": lines.count(b"\n"), "crc32": zlib.crc32(lines)}
@@ -148,20 +148,16 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def _read(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
+def _read(folder: Folder, name: str) -> list[dict[str, Any]]:
     data = folder.read(name)
     first, _, lines = data.partition(b"\n")
-    try:
+    remedy = "Delete that file and run the same `raysl probe` again; the results in other files are intact."
+    what = f"The results of probes in {folder / name} are damaged"
+    with explained(what, remedy, ValueError, KeyError, TypeError):
         header = json.loads(first)
         if (header["rows"], header["crc32"]) != (lines.count(b"\n"), zlib.crc32(lines)):
             raise ValueError("its checksum does not match")
-        rows = [_checked(json.loads(line)) for line in lines.splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"The results of probes in {folder / name} are damaged: {error}. Delete that file and run the same "
-            "`raysl probe` again; the results in other files are intact."
-        ) from error
-    yield from rows
+        return [_checked(json.loads(line)) for line in lines.splitlines()]
 
 
 def _checked(row: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from raysl.dataset import DataSet
-from raysl.errors import UserError, install
+from raysl.errors import UserError, package
 from raysl.probes._images import each_clip, seen_points, spaced
 from raysl.storage import Folder
 from raysl.stream import decode
@@ -158,10 +158,7 @@ def _hrnet(held: list[dict[str, Any]]) -> tuple[Sequence[str], Iterator[Figure]]
 
 
 def _mat(data: bytes, reference: str) -> tuple[Sequence[str], Iterator[Figure]]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise UserError(f"MPII's .mat needs scipy, which is not installed. {install('report')}") from error
+    loadmat = package("scipy.io", "MPII's .mat", "report").loadmat
     release = loadmat(io.BytesIO(data), struct_as_record=False, squeeze_me=True)["RELEASE"]
 
     def figures() -> Iterator[Figure]:

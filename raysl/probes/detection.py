@@ -29,7 +29,7 @@ from torchvision.models.detection import FasterRCNN
 
 from raysl import optim, rng
 from raysl.dataset import DataSet
-from raysl.errors import UserError, install
+from raysl.errors import UserError, package
 from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
@@ -100,7 +100,7 @@ class Detection(InTask[Config]):
                 share images, the backbone has no maps, training has diverged, or pycocotools is not installed.
         """
         assert isinstance(subject.encoder, NetworkEncoder)
-        _pycocotools()
+        _pycocotools("coco")
         config, seed = self.config, subject.seed
         train, test = (_voc.union(config.folders, split) for split in config.splits)
         _check(train, test, config)
@@ -206,7 +206,6 @@ def score(
         pictures: the annotated images; at least one box is not difficult.
         found: the detections in each picture; labels count from 1 in the order of `classes`.
     """
-    coco, evaluation = _pycocotools()
     rows = [
         [number, *_xywh(box), float(value), int(label)]
         for number, one in enumerate(found, start=1)
@@ -217,10 +216,11 @@ def score(
         return dict.fromkeys(_NAMES, 0.0)
     # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco.COCO()
+        truth = _pycocotools("coco").COCO()
         truth.dataset = _truth(pictures, classes)
         truth.createIndex()
-        judged = evaluation.COCOeval(truth, truth.loadRes(np.array(rows, dtype=np.float64)), "bbox")
+        found_boxes = truth.loadRes(np.array(rows, dtype=np.float64))
+        judged = _pycocotools("cocoeval").COCOeval(truth, found_boxes, "bbox")
         judged.evaluate()
         judged.accumulate()
         judged.summarize()
@@ -257,13 +257,8 @@ def _xywh(box: Sequence[float]) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def _pycocotools() -> tuple[Any, Any]:
-    """Return the modules for data and for evaluation. Raises UserError if pycocotools is not installed."""
-    try:
-        from pycocotools import coco, cocoeval
-    except ImportError as error:
-        raise UserError(
-            f"The probe detection needs pycocotools, which is not installed. {install('detection')} The other probes "
-            "do not need it."
-        ) from error
-    return coco, cocoeval
+def _pycocotools(name: str) -> Any:
+    """Return a module of pycocotools. Raises UserError if it is not installed."""
+    return package(
+        f"pycocotools.{name}", "The probe detection", "detection", " The other probes do not need it."
+    )
