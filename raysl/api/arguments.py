@@ -144,7 +144,6 @@ def _prepare(
 
 
 def _check_given(values: Mapping[str, Any]) -> None:
-    """Raise UserError if a field without a default is not given."""
     for name, what in (("data", "IMAGES"), ("run", "FOLDER")):
         if name not in values:
             raise UserError(f"The configuration lacks {name!r}, which has no default. Give {name}={what}.")
@@ -182,7 +181,6 @@ def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
 
 
 def _from_weights_file(config: Pretraining) -> Pretraining:
-    """Return a configuration with the file of its starting weights; see `_with_weights_file`."""
     from raysl.config import defaults
 
     network = _with_weights_file({"backbone": config.backbone}, config.run)["backbone"]

@@ -344,7 +344,6 @@ def advice(checks: Mapping[str, Mapping[str, Any]], precision: str) -> str:
 
 
 def _page(made: Certificate) -> str:
-    """Return the certificate as a page in Markdown."""
     gpu = made.machine.get("gpu")
     lines = [
         f"# {gpu['count']} x {gpu['name']}" if gpu else "# A machine without a GPU: speeds say nothing",

@@ -110,7 +110,6 @@ def pretrain_and_probe(
 
 
 def _check_defaults(names: Sequence[str]) -> None:
-    """Raise UserError if a probe does not exist or has a required setting."""
     for name in names:
         flags = " and ".join(probes.required(name))
         if flags:
@@ -267,7 +266,6 @@ class OnlineEvaluator:
 
 
 def _missing(step: int, names: Sequence[str], rows: Rows) -> list[str]:
-    """Return the probes that have no row at a step."""
     done = {row["probe"] for row in rows if row["step"] == step}
     return [name for name in names if name not in done]
 

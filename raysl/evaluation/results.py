@@ -276,7 +276,6 @@ def describe_images(train: str, test: str, sizes: Mapping[str, str] = MappingPro
 
 
 def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int, str]:
-    """Return the position of the column of a row, and its title."""
     of_run = row["encoder"] in ("trained", MOMENTUM)
     title = f"{row['encoder']}, step {row['step']}" if of_run else TITLES.get(row["encoder"], row["encoder"])
     if several_seeds:

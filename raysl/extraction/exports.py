@@ -71,7 +71,6 @@ def _beside(folder: Folder, of_timm: bool) -> tuple[BackboneConfig, int] | None:
 
 
 def _from_safetensors(name: str) -> tuple[BackboneConfig, int] | None:
-    """Return what raysl wrote into the metadata of a safetensors file."""
     if not name.lower().endswith(".safetensors"):
         return None
     stated = external_weights.safetensors_metadata(external_weights.read_file(name))

@@ -234,8 +234,6 @@ def actor_resources(resources: Mapping[str, float]) -> tuple[int, dict[str, floa
 
 @dataclass(frozen=True)
 class _Output:
-    """Folder and format of the features of a layer."""
-
     layer: str
     folder: Folder
     form: FeatureForm
@@ -321,7 +319,6 @@ class _Actor:
 
 
 def _evaluation_views(extraction: _Extraction, images: list[bytes]) -> Tensor:
-    """Return the evaluation view of encoded images."""
     what = f"An image of the data set at {str(extraction.dataset.folder)!r} was decoded at ingest and is now damaged"
     with explained(what, "Ingest the source again.", decode.DecodeError):
         return decode.evaluation_views(images, extraction.image_size)

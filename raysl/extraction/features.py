@@ -200,7 +200,6 @@ def _reduced(
 
 
 def _teacher(checkpoint: str, source: Encoder) -> str:
-    """Return a line that names the network and identifies its weights."""
     if isinstance(source, Trained):
         return f"{source.run.folder} step {source.checkpoint.step} crc32 {source.checkpoint.crc32():08x}"
     identity = source.identity()

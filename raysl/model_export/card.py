@@ -170,7 +170,6 @@ def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: Da
 
 
 def _statistics(backbone: Backbone, images: DataSet | None) -> str:
-    """Return where BatchNorm has its statistics from."""
     if not norm.with_statistics(backbone):
         return "none in this network"
     if images is None or images.num_images < 2:

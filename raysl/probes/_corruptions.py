@@ -85,7 +85,6 @@ def _jpeg(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
 
 
 def _each(images_bchw: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Return the images after a function of Pillow."""
     made = [
         np.array(change(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())))
         for image in images_bchw

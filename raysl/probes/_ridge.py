@@ -51,7 +51,6 @@ class Moments:
         self.squares_k += targets_nk.double().square().sum(0)
 
     def __add__(self, other: Moments) -> Moments:
-        """Return the sums over the rows of both."""
         made = Moments(len(self.features_dd) - 1, len(self.squares_k), self.squares_k.device)
         made.rows = self.rows + other.rows
         made.features_dd = self.features_dd + other.features_dd

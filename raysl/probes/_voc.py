@@ -148,7 +148,6 @@ def _listed(folder: Folder, split: str) -> list[tuple[str, str]]:
 
 
 def _files(folder: Folder, name: str, file: str) -> tuple[bytes, bytes]:
-    """Return an encoded image and its annotations."""
     what = f"A split of {str(folder)!r} names {name!r}, and one of its files is missing"
     remedy = f"Restore {IMAGES}/{file} and {ANNOTATIONS}/{name}.xml, or remove the name from the split."
     with explained(what, remedy, FileNotFoundError):

@@ -122,7 +122,6 @@ class Detection(InTask[Config]):
 
 
 def _check(train: Sequence[Picture], test: Sequence[Picture], config: Config) -> None:
-    """Raise UserError if there is nothing to learn or to score, or if the splits share images."""
     if not any(one.classes for one in train):
         raise UserError(
             f"The split {config.train_split!r} has no boxes to learn from. Give another --detection.train-split."

@@ -164,8 +164,6 @@ class Invariance(InTask[Config]):
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample of encoded images in a random order, and their indices."""
-
     images: list[bytes]
     indices_n: NDArray[np.int64]
     seed: int

@@ -265,7 +265,6 @@ def _readout(features_nd: Tensor, targets_nk: Tensor, held_n: Tensor) -> Readout
 def _by_heatmap(
     map_ndhw: Tensor, points_nk2: Tensor, held_n: Tensor, tested_mdhw: Tensor, config: Config
 ) -> Tensor:
-    """Return the predicted points (m, k, 2) by heat maps."""
     targets_nkhw = gaussians(points_nk2, config.side, config.sigma)
     places = config.side**2
     features_nd, targets_nk = (one.movedim(1, -1).flatten(0, 2) for one in (map_ndhw, targets_nkhw))

@@ -222,7 +222,6 @@ def _judged(
 def _maps(
     encode: EncodeMaps, some: Sequence[Pair], size: int, side: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the maps of images by layer, float (b, d, side, side)."""
     images_bchw = decode.resized_to_square([one.image() for one in some], size).to(device)
     with torch.inference_mode():
         made = encode(images_bchw)

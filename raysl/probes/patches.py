@@ -166,7 +166,6 @@ def neighbours(
 
 
 def _chance(asked_n: NDArray[np.int64], known_n: NDArray[np.int64]) -> float:
-    """Return the precision of random neighbours."""
     classes = int(max(asked_n.max(), known_n.max())) + 1
     shares = (np.bincount(one, minlength=classes) / len(one) for one in (asked_n, known_n))
     return float(np.multiply(*shares).sum())
@@ -189,7 +188,6 @@ def _distances(queries: Pieces, gallery: Pieces, nearest_n: NDArray[np.int64]) -
 
 
 def _centred(points_nk2: Any) -> Any:
-    """Return points around the middle of those that are seen."""
     seen_nk1 = np.isfinite(points_nk2).all(2, keepdims=True)
     sums_n12 = np.where(seen_nk1, points_nk2, 0).sum(1, keepdims=True)
     return points_nk2 - sums_n12 / seen_nk1.sum(1, keepdims=True).clip(1)

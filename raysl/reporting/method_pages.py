@@ -144,7 +144,6 @@ _answer = functools.cache(combinations.combines)
 
 @functools.cache
 def _data(method: str) -> str:
-    """Return the name of the data that shows a method."""
     return CLIPS if any(view.of_clips for view in _views(method).values()) else DATA
 
 

@@ -128,7 +128,6 @@ def png(picture: Image.Image) -> bytes:
 
 
 def _mark(target: Tensor) -> str:
-    """Return the label, or the shape of a target that is not a label."""
     return f"target {' x '.join(map(str, target.shape))}" if target.ndim else f"label {int(target)}"
 
 

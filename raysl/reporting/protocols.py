@@ -85,7 +85,6 @@ def _rows(prefix: str, config: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def _documented(config_type: type[Any]) -> dict[str, str]:
-    """Return the description of each field from the docstrings of a Config and its bases."""
     described: dict[str, str] = {}
     for base in reversed(config_type.__mro__):
         section = inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2]

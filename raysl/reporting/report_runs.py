@@ -122,7 +122,6 @@ def _step(run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _inputs(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run was made from: its starting weights, its teacher's method and step, the number of clusters."""
     teacher, labels = facts.get("teacher", {}), facts.get("labels", {})
     values = {
         "K": facts.get("num_clusters"),
