@@ -52,7 +52,6 @@ def relabelled(
     """Copy chosen images under new indices, 0 to k - 1, and with the given labels. They pass through memory.
 
     Args:
-        chosen_k: int64 (k,), indices in the data set, in their new order.
         labels_k: int64 (k,), numbers of `classes`; None for no labels.
         folder: place of the new data set; if it is there already, it is opened.
         source: description for people.
