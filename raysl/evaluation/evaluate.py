@@ -24,7 +24,7 @@ from raysl.evaluation.results import MODEL, ROWS, TITLES, add_rows, check_writab
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
 from raysl.ingestion import resolve
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe, Row, Subject, common_labels
-from raysl.probes._frozen import StoredFeatures, measure_layers
+from raysl.probes._task import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.storage.records import verified, write_record
