@@ -275,8 +275,7 @@ def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
 def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
     """Return a configuration from an object or a mapping, in which `fields` replace values.
 
-    Raises:
-        UserError: `config` is of another kind, a field does not exist or lacks a value, or a value is not allowed.
+    Raises UserError if `config` is of another kind, a field does not exist or lacks a value, or a value is not allowed.
     """
     from raysl.config import from_dict
 

@@ -73,8 +73,7 @@ def sweep_and_run(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the fields of a sweep, and the fields of its runs; a name that both have is one of the sweep.
 
-    Raises:
-        UserError: a field is one of neither, `data` is a configuration, or a plugin of the runs cannot be loaded.
+    Raises UserError if a field is one of neither, `data` is a configuration, or a plugin of the runs cannot be loaded.
     """
     from raysl.config import Pretraining as Whole
     from raysl.tuning.config import SweepConfig
@@ -99,8 +98,7 @@ def varied(vary: str | Sequence[str] | Mapping[str, Any] | None) -> tuple[str, .
         vary: texts; or values by the name of a field: a list, one value, an interval as text, or None for the values
             that raysl suggests.
 
-    Raises:
-        UserError: a value has a comma, which separates values.
+    Raises UserError if a value has a comma, which separates values.
     """
     if isinstance(vary, str):
         return (vary,)

@@ -128,8 +128,7 @@ Diagnosis = Report | Fleet | Certificate
 def examine(given: DoctorConfig) -> Report:
     """Measure the stages of a run and show what limits its speed. Takes about half a minute.
 
-    Raises:
-        UserError: the run cannot be started, or the trainers did not get resources for three minutes.
+    Raises UserError if the run cannot be started, or the trainers did not get resources for three minutes.
     """
     ray_cluster.start()
     import ray

@@ -52,9 +52,8 @@ def probe(
         The rows of this call: `raysl.evaluation.results.KEY`, "value", "primary" (the row stands for its probe),
         "weights" (a checksum) and "num_test" (number of test images).
 
-    Raises:
-        UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be written,
-            or the data do not suit the probes. Rows of earlier probes are kept.
+    Raises UserError if a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be
+    written, or the data do not suit the probes. Rows of earlier probes are kept.
     """
     config = _with_changes(config, changes)
     run = Run.open(run) if isinstance(run, str) else run
@@ -84,8 +83,7 @@ def probe_encoder(
         title: name of the model in reports.
         config: what is probed; of a model that is not a run, its `out` is required and its `encoders` are not used.
 
-    Raises:
-        UserError: as `probe`; `image_size` is given for a run; `out` is empty or holds results of another model.
+    Raises UserError as `probe`, or if `image_size` is given for a run, or `out` is empty or of another model.
     """
     config = _with_changes(config, changes)
     config.check_encoder(source, title)

@@ -76,11 +76,9 @@ def pretrain_and_probe(
 
     Rows are added to the run with their step, and written to TensorBoard, as soon as they exist; the values are added
     to metrics.jsonl when the trainers, which write that file, have ended. A probe that fails stops neither training nor
-    other probes: it is logged, its error is in probes/error.txt, and it is repeated after the last step.
-
-    Raises:
-        UserError: as `pretrain`; or a probe does not exist or has a required setting, or its data cannot be read or do
-            not suit it.
+    other probes: it is logged, its error is in probes/error.txt, and it is repeated after the last step. Raises
+    UserError as `pretrain`, or if a probe does not exist or has a required setting, or its data cannot be read or do
+    not suit it.
     """
     if not online.probe_every:
         return pretrain(config, callbacks=callbacks, local=local or None)

@@ -96,8 +96,7 @@ def rows(runs: str | os.PathLike[str] | Run | Iterable[str | os.PathLike[str] | 
         For each number, the newest of its probe, protocol, data, layer, encoder, step and seed: a row as `raysl.probe`
         returns it, and "run", the folder.
 
-    Raises:
-        UserError: a folder is neither a run nor that of a model, or a file of rows is damaged.
+    Raises UserError if a folder is neither a run nor that of a model, or a file of rows is damaged.
     """
     several = [runs] if isinstance(runs, str | os.PathLike | Run) else runs
     found = []
@@ -117,8 +116,7 @@ def rows(runs: str | os.PathLike[str] | Run | Iterable[str | os.PathLike[str] | 
 def add_rows(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a run. Any number of processes may do so at once.
 
-    Raises:
-        UserError: the folder cannot be written, or the file of this process is damaged.
+    Raises UserError if the folder cannot be written, or the file of this process is damaged.
     """
     folder, name = run.folder / ROWS, _file_of(os.getpid())
     before = _read(folder, name) if folder.exists(name) else []
@@ -186,8 +184,6 @@ def rows_of_probe(
     test: str,
     config: Any = None,
     step: int | None = None,
-    *,
-    bn_statistics: str = probes.REESTIMATED,
     rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows of one probe under one protocol on given data, of all layers and encoders.
@@ -196,12 +192,11 @@ def rows_of_probe(
         train, test: fingerprints of the data sets.
         config: Config of the probe; None for its defaults.
         step: only rows of this checkpoint and of untrained encoders; None for all.
-        bn_statistics: see `protocol_hash`.
         rows: the rows of the run, if the caller has read them already.
     """
     config = probes.load(name)[0]() if config is None else config
     protocol = FeatureProtocol(run.config().view.image_size)
-    wanted = name, protocol_hash(name, config, protocol, bn_statistics)
+    wanted = name, protocol_hash(name, config, protocol, probes.REESTIMATED)
     return [
         dict(row)
         for row in (rows_of(run) if rows is None else rows)

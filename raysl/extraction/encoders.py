@@ -230,8 +230,7 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
         config: the backbone of a weights file, or of "random". The default is replaced by what a folder of an export,
             or raysl in or beside a file, states.
 
-    Raises:
-        UserError: there is nothing of this kind, or the run has no complete checkpoint.
+    Raises UserError if there is nothing of this kind, or the run has no complete checkpoint.
     """
     if name == "random":
         return RandomBackbone(config, seed)
@@ -257,8 +256,7 @@ def _weights(name: str, config: BackboneConfig) -> Weights:
 def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
     """Return the run and the checkpoint that a user has named; None for weights, "random" or "pixels". Without torch.
 
-    Raises:
-        UserError: as `encoder_by_name`.
+    Raises UserError as `encoder_by_name`.
     """
     if name in ("random", "pixels"):
         return None

@@ -79,9 +79,8 @@ def extract_all(
     Returns:
         The features by layer, for each of `wanted`.
 
-    Raises:
-        UserError: a layer does not exist, an encoder takes images of another size, a data set is empty or damaged, a
-            checkpoint is damaged, or the cache cannot be written.
+    Raises UserError if a layer does not exist, an encoder takes images of another size, a data set is empty or damaged,
+    a checkpoint is damaged, or the cache cannot be written.
     """
     extractions, requested = [], []
     records: dict[Folder, dict[str, Any]] = {}
@@ -112,8 +111,7 @@ def extract_all(
 def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> dict[str, Any]:
     """Return a JSON value of everything that features depend on.
 
-    Raises:
-        UserError: a layer does not exist, the encoder takes images of another size, or the data set is empty.
+    Raises UserError if a layer does not exist, the encoder takes images of another size, or the data set is empty.
     """
     encoders.check_layers(source, protocol.layers)
     encoders.check_size(source, protocol.image_size)

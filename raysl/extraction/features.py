@@ -89,9 +89,7 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     """Compute the features of a data set, resume an interrupted pass, or return finished features.
 
     Memory does not grow with the number of images. `_features.json` in the folder describes the origin of the features.
-
-    Raises:
-        UserError: the checkpoint, the layer or the data cannot be used, or the folder holds other features.
+    Raises UserError if the checkpoint, the layer or the data cannot be used, or the folder holds other features.
     """
     check_out(config.out)
     source = encoders.encoder_by_name(checkpoint, config.backbone, config.seed)

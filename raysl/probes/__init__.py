@@ -206,10 +206,8 @@ def same_images(train: Labelled, test: Labelled) -> bool:
 def common_labels(train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the labels of both sets, int64 (n,), numbered as in the train set; classes are matched by name.
 
-    A class that only the test set has gets a number above the numbers of the train set.
-
-    Raises:
-        UserError: a set has no labels, or the sets have no class in common.
+    A class that only the test set has gets a number above the numbers of the train set. Raises UserError if a set has
+    no labels, or the sets have no class in common.
     """
     train_n, test_n = train.labels(), test.labels()
     numbers = {name: number for number, name in enumerate(train.manifest.classes)}
@@ -226,9 +224,8 @@ def common_labels(train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDA
 def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, learns: bool = False) -> None:
     """Check the input of a probe with labels.
 
-    Raises:
-        UserError: a set is empty, features are not finite, the train set shows one class, images show `several` classes
-            and the probe does not accept them, or the sets are the same and the probe `learns`.
+    Raises UserError if a set is empty, features are not finite, the train set shows one class, images show `several`
+    classes and the probe does not accept them, or the sets are the same and the probe `learns`.
     """
     for kind, data in (("train", train), ("test", test)):
         check_features(data.features_nd, kind)

@@ -45,8 +45,7 @@ class PyramidBackbone(nn.Module):
         backbone: trained further.
         width: channels of every level, a multiple of 32.
 
-    Raises:
-        UserError: the backbone has no maps, or takes images of one size only.
+    Raises UserError if the backbone has no maps, or takes images of one size only.
     """
 
     def __init__(self, backbone: Backbone, width: int) -> None:

@@ -78,9 +78,8 @@ class Tuned(nn.Module):
 def labels_of(name: str, train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the labels of both sets, numbered as in the train set.
 
-    Raises:
-        UserError: a set has no images or no labels, the sets are the same, they have no class in common, or the train
-            set shows one class.
+    Raises UserError if a set has no images or no labels, the sets are the same, they have no class in common, or the
+    train set shows one class.
     """
     for kind, data in (("train", train), ("test", test)):
         if not data.num_images:
@@ -106,8 +105,7 @@ def measure(
         labels: labels of all train and all test images; see `labels_of`.
         suffix: appended to the names of the rows.
 
-    Raises:
-        UserError: training has diverged, or an image is damaged.
+    Raises UserError if training has diverged, or an image is damaged.
     """
     assert isinstance(subject.encoder, NetworkEncoder)
     train_n, test_n = labels

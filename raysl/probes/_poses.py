@@ -69,8 +69,7 @@ def read(folder: Folder, file: str, reference: str) -> Figures:
         reference: "box" for the longer side of the box (without one, of the annotated points), or "head" for MPII's
             length of the head.
 
-    Raises:
-        UserError: the file is missing, malformed or of no known format, or it has no figure or no such reference.
+    Raises UserError if the file is missing, malformed or of no known format, or it has no figure or no such reference.
     """
     try:
         data = folder.read(file)
@@ -211,8 +210,7 @@ def views(figures: Sequence[Figure], images: Folder | None, size: int) -> tuple[
         uint8 (b, 3, size, size); the key points as shares of the view, float (b, k, 2), NaN where not annotated; and
         the length of each figure as a share of the view, float (b,).
 
-    Raises:
-        UserError: an image is missing or damaged.
+    Raises UserError if an image is missing or damaged.
     """
     seen, points, lengths = [], [], []
     for one in figures:

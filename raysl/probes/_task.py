@@ -61,8 +61,7 @@ def run_tasks(
         options: options of the tasks for `ray.remote`; None for a GPU each if there are any, or else a share of the
             CPUs, and for all calls in this process where no Ray runs and the machine needs none.
 
-    Raises:
-        UserError: a task raised it, or the process of a task was killed as often as Ray retries it.
+    Raises UserError if a task raised it, or the process of a task was killed as often as Ray retries it.
     """
     # Beside a run on Ray, a task leaves this process free.
     ray_runs = "ray" in sys.modules and sys.modules["ray"].is_initialized()
@@ -131,8 +130,7 @@ def measure_layers(
         low_priority: trainers need the CPUs and GPUs, so a task has one thread of the lowest priority.
         in_process: compute in this process, with its threads, instead of tasks of Ray, as on a machine that needs none.
 
-    Raises:
-        UserError: the features or the labels do not suit the probe, or stored features are damaged.
+    Raises UserError if the features or the labels do not suit the probe, or stored features are damaged.
     """
     if not layers:
         return []

@@ -94,9 +94,8 @@ class Picture:
 def read(folder: Folder, split: str) -> list[Picture]:
     """Return the images of a split in its order, all in memory, with boxes clipped to their images.
 
-    Raises:
-        UserError: the folder is not in this layout, the split does not exist or names no image, a file is missing, an
-            image is damaged, or annotations are malformed.
+    Raises UserError if the folder is not in this layout, the split does not exist or names no image, a file is missing,
+    an image is damaged, or annotations are malformed.
     """
     return [_picture(folder, name, *_files(folder, name, file)) for name, file in _listed(folder, split)]
 

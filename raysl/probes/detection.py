@@ -95,9 +95,8 @@ class Detection(InTask[Config]):
     def rows(self, subject: Subject) -> list[Row]:
         """Return the scores, the mean loss of the last epoch, and the number of dropped and of clipped boxes.
 
-        Raises:
-            UserError: a folder is not in the layout (see `raysl.probes._voc.read`), a split has no boxes, the splits
-                share images, the backbone has no maps, training has diverged, or pycocotools is not installed.
+        Raises UserError if a folder is not in the layout (see `raysl.probes._voc.read`), a split has no boxes, the
+        splits share images, the backbone has no maps, training has diverged, or pycocotools is not installed.
         """
         assert isinstance(subject.encoder, NetworkEncoder)
         _pycocotools("coco")

@@ -123,8 +123,7 @@ class Keypoints(InTask[Config]):
     def rows(self, subject: Subject) -> list[Row]:
         """Return PCK, PCK of each key point at the first threshold, and the mean distance, for each layer.
 
-        Raises:
-            UserError: a file cannot be read (see `_poses.read`), an image is missing, or a layer has no map.
+        Raises UserError if a file cannot be read (see `_poses.read`), an image is missing, or a layer has no map.
         """
         config, size = self.config, subject.image_size
         names, train, test, images = _figures(subject, config)

@@ -244,8 +244,7 @@ def _places(map_bdhw: Tensor, truth_b3hw: Tensor) -> tuple[Tensor, Tensor]:
 def normals_of(pair: Pair) -> Tensor:
     """Return the normals of an image, float (1, 3, h, w): unit vectors, or zeros where there is none.
 
-    Raises:
-        UserError: the file is damaged or has another form.
+    Raises UserError if the file is damaged or has another form.
     """
     data, name = pair.map(), pair.map_name
     what = f"The map of normals {name!r} cannot be read"
