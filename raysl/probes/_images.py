@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysl import extraction, rng
+from raysl import rng
 from raysl.backbone import norm
 from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
 from raysl.dataset.clips import Clips
 from raysl.errors import UserError
-from raysl.extraction import Encode, EncodeMaps
+from raysl.extraction import Encode, EncodeMaps, reestimated
 from raysl.probes import REESTIMATED, Subject
 from raysl.probes._ridge import HELD_OUT
 from raysl.ray_cluster.gpus import device
@@ -36,13 +36,13 @@ def load(subject: Subject, views: Iterable[Tensor], specs: Sequence[str] | None 
     seen = mixed(views) if subject.bn_statistics == REESTIMATED else []
     if not seen:
         return subject.encoder.load(device(), specs)
-    return extraction.load_reestimated(subject.encoder, seen, device(), list(specs))
+    return reestimated.load(subject.encoder, seen, device(), list(specs))
 
 
 def load_maps(subject: Subject, views: Iterable[Tensor]) -> EncodeMaps:
     """Return the function from images to maps of the layers of a subject; see `load`."""
     seen = mixed(views) if subject.bn_statistics == REESTIMATED else []
-    return extraction.load_maps(subject.encoder, device(), subject.layers, seen or None)
+    return reestimated.load_maps(subject.encoder, device(), subject.layers, seen or None)
 
 
 def sample(count: int, each: int = 1) -> NDArray[np.int64]:
