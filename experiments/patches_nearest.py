@@ -74,7 +74,7 @@ def grid(
     source: Encoder, gallery: patches.Pieces, queries: patches.Pieces, flags: NearestFlags
 ) -> Image.Image:
     """Return the grid of an encoder: some queries and the nearest pieces of each, with their cosine."""
-    encode = extraction.load_reestimated(
+    encode = extraction.reestimated.load(
         source, torch.split(gallery.views_nchw[:2048], 64), torch.device("cpu"), ["pooled"]
     )
     chosen_q = np.sort(rng.generator("patches sheet").permutation(len(queries.views_nchw))[: flags.count])

@@ -12,19 +12,7 @@ from typing import Any
 __version__ = "0.2.0"
 
 _FUNCTIONS = (
-    *(
-        "ingest",
-        "pretrain",
-        "probe",
-        "features",
-        "cluster",
-        "clusterfit",
-        "sweep",
-        "report",
-        "export",
-        "views",
-    ),
-    *("reproduce", "doctor"),
+    "ingest pretrain probe features cluster clusterfit sweep report export views reproduce doctor".split()
 )
 _MODULE_OF = {
     **dict.fromkeys(_FUNCTIONS, "raysl.api"),

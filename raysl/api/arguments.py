@@ -34,11 +34,7 @@ ONE_SOURCE = ("data", "train", "validation", "test")
 
 
 def dataset(data: Data) -> DataSet:
-    """Open a data set. A source that is not one yet is ingested into the cache first.
-
-    Raises:
-        UserError: nothing lies there, or it is not a source of images.
-    """
+    """Open a data set; another source is ingested into the cache first. Raises UserError if there are no images."""
     from raysl.dataset import DataSet
 
     if isinstance(data, DataSet):
@@ -148,7 +144,6 @@ def _prepare(
 
 
 def _check_given(values: Mapping[str, Any]) -> None:
-    """Raise UserError if a field without a default is not given."""
     for name, what in (("data", "IMAGES"), ("run", "FOLDER")):
         if name not in values:
             raise UserError(f"The configuration lacks {name!r}, which has no default. Give {name}={what}.")
@@ -172,9 +167,7 @@ def _check_images(asked: Pretraining) -> None:
 def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
     """Return True if a run trains in this process, so that Ray need not start.
 
-    Args:
-        values: fields that are given; what they leave open is chosen.
-        asked: the same, completed with the defaults of the classes.
+    `values` are the fields that are given, and `asked` completes them with the defaults of the classes.
     """
     from raysl.config import defaults
     from raysl.run import Run
@@ -188,7 +181,6 @@ def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
 
 
 def _from_weights_file(config: Pretraining) -> Pretraining:
-    """Return a configuration with the file of its starting weights; see `_with_weights_file`."""
     from raysl.config import defaults
 
     network = _with_weights_file({"backbone": config.backbone}, config.run)["backbone"]
@@ -198,10 +190,7 @@ def _from_weights_file(config: Pretraining) -> Pretraining:
 def _with_weights_file(values: Mapping[str, Any], run: str) -> dict[str, Any]:
     """Return the fields of a run with the file of its starting weights, and the backbone that is stated with it.
 
-    A run that exists keeps its file, also where that is gone.
-
-    Raises:
-        UserError: there are no such weights.
+    A run that exists keeps its file, also where that is gone. Raises UserError if there are no such weights.
     """
     from raysl.extraction.inference import starting_weights, stated_backbone
     from raysl.run import Run
@@ -286,8 +275,7 @@ def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
 def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
     """Return a configuration from an object or a mapping, in which `fields` replace values.
 
-    Raises:
-        UserError: `config` is of another kind, a field does not exist or lacks a value, or a value is not allowed.
+    Raises UserError if `config` is of another kind, a field does not exist or lacks a value, or a value is not allowed.
     """
     from raysl.config import from_dict
 

@@ -34,10 +34,7 @@ def check_names(
 ) -> None:
     """Raise UserError for a field that is no argument of a function, none of `Pretraining` and no part of its method.
 
-    A `config` or a plugin may bring other parts; then nothing is checked here.
-
-    Args:
-        others: further names that the function takes.
+    A `config` or a plugin may bring other parts; then nothing is checked here. The function also takes `others`.
     """
     from raysl.config import Pretraining, methods, unknown_field
 
@@ -56,15 +53,9 @@ def check_names(
 def protocols_of(
     probes: Sequence[str], given: Mapping[str, Any], plugin: PathLike | Sequence[PathLike]
 ) -> dict[str, Any]:
-    """Return the configuration of each probe by its name.
+    """Return the configuration of each probe by its name; `given` are such, or mappings of some of their fields.
 
-    Args:
-        probes: names of probes.
-        given: configurations, or mappings of some of their fields, by the name of a probe.
-        plugin: files or modules that define probes, or that the run uses.
-
-    Raises:
-        UserError: a plugin, a probe or a field does not exist, or a name is that of no probe.
+    Raises UserError if a plugin, a probe or a field does not exist, or a name is that of no probe.
     """
     from raysl import probes as all_probes
 
@@ -82,8 +73,7 @@ def sweep_and_run(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the fields of a sweep, and the fields of its runs; a name that both have is one of the sweep.
 
-    Raises:
-        UserError: a field is one of neither, `data` is a configuration, or a plugin of the runs cannot be loaded.
+    Raises UserError if a field is one of neither, `data` is a configuration, or a plugin of the runs cannot be loaded.
     """
     from raysl.config import Pretraining as Whole
     from raysl.tuning.config import SweepConfig
@@ -108,8 +98,7 @@ def varied(vary: str | Sequence[str] | Mapping[str, Any] | None) -> tuple[str, .
         vary: texts; or values by the name of a field: a list, one value, an interval as text, or None for the values
             that raysl suggests.
 
-    Raises:
-        UserError: a value has a comma, which separates values.
+    Raises UserError if a value has a comma, which separates values.
     """
     if isinstance(vary, str):
         return (vary,)

@@ -86,7 +86,7 @@ def demo(config: DemoConfig) -> None:
     with console_log.working("Probing the trained network, the untrained one, and raw pixels ..."):
         rows = probe(run, dataset, judged, probes=probes)
     console.print(_table(rows))
-    console.print("\n".join(verdicts(rows, judged.num_images)), markup=False)
+    console.print("\n".join(verdicts(rows)), markup=False)
     console.print(f"\nWhat the method sees:  {grid}", soft_wrap=True, highlight=False)
     console.print(f"The run:               {run.folder}", soft_wrap=True, highlight=False)
     console.print("\nNext, your own images: raysl pretrain --data PHOTOS --run runs/first", highlight=False)

@@ -154,7 +154,7 @@ def probe(arguments: Sequence[str]) -> None:
     train, test = dataset(given.train), dataset(given.test)
     for table in tables(rows, (train, test)):
         Console().print(table)
-    print("\n".join(verdicts(rows, test.num_images)))
+    print("\n".join(verdicts(rows)))
 
 
 def features(

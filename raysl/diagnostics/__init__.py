@@ -90,11 +90,7 @@ class DoctorConfig(CheckedTop):
 
 
 def diagnose(given: DoctorConfig) -> Diagnosis:
-    """Check the GPUs, look at the cluster or measure a run, as the configuration says.
-
-    Raises:
-        UserError: as `look` and `examine` do.
-    """
+    """Check the GPUs, look at the cluster or measure a run, as the configuration says. Raises UserError as these."""
     if given.gpu:
         ray_cluster.start()
         return gpu_check.check(resolve(given.data), given.out)
@@ -104,8 +100,7 @@ def diagnose(given: DoctorConfig) -> Diagnosis:
 def look(given: DoctorConfig) -> Fleet:
     """Show the machines of the cluster, what a run would take of them, and machines that run other code.
 
-    Raises:
-        UserError: there is no cluster, or a price is malformed.
+    Raises UserError if there is no cluster, or a price is malformed.
     """
     prices = given.price_list()
     ray_cluster.start(compare=False)
@@ -118,21 +113,13 @@ def look(given: DoctorConfig) -> Fleet:
 
 @dataclass(frozen=True)
 class Report:
-    """Result of `examine`.
+    """Result of `examine`."""
 
-    Args:
-        versions: versions of Python and packages, and the hash of raysl's code.
-        resources: totals of the cluster.
-        placement: CPUs and GPUs of the workers and their data tasks.
-        costs: cost of each stage.
-        prediction: predicted speed.
-    """
-
-    versions: Mapping[str, Any]
-    resources: Mapping[str, float]
-    placement: Placement
-    costs: Costs
-    prediction: Prediction
+    versions: Mapping[str, Any]  # versions of Python and packages, and the hash of raysl's code
+    resources: Mapping[str, float]  # totals of the cluster
+    placement: Placement  # CPUs and GPUs of the workers and their data tasks
+    costs: Costs  # cost of each stage
+    prediction: Prediction  # predicted speed
 
 
 Diagnosis = Report | Fleet | Certificate
@@ -141,8 +128,7 @@ Diagnosis = Report | Fleet | Certificate
 def examine(given: DoctorConfig) -> Report:
     """Measure the stages of a run and show what limits its speed. Takes about half a minute.
 
-    Raises:
-        UserError: the run cannot be started, or the trainers did not get resources for three minutes.
+    Raises UserError if the run cannot be started, or the trainers did not get resources for three minutes.
     """
     ray_cluster.start()
     import ray

@@ -32,7 +32,6 @@ from raysl.clustering.kmeans_worker import FaissSearch
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
 from raysl.diagnostics.bench import Bench, Numbers
-from raysl.diagnostics.compilation import advice, compiled_step
 from raysl.diagnostics.decoding import decoding
 from raysl.diagnostics.measurement import first_batch, measure_training
 from raysl.ray_cluster import gpus
@@ -44,20 +43,18 @@ from raysl.stream.reader import Batch, DataShare, StreamConfig
 from raysl.training.worker import Job
 
 _log = logging.getLogger("raysl.diagnostics")
+# Compiling takes minutes at the start of a run, and smaller differences are within the noise of a measurement.
+_LEAST_GAIN = 1.02
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The measurements of a machine with GPUs, or with CPUs only.
+    """The measurements of a machine with GPUs, or with CPUs only."""
 
-    Args:
-        machine: names of the processor and the GPU, memory, and versions of drivers and packages.
-        checks: the numbers of each check by its name.
-        not_done: why a check was not done, or how it failed, by its name.
-    """
-
+    # Names of the processor and the GPU, memory, and versions of drivers and packages.
     machine: Mapping[str, Any]
-    checks: Mapping[str, Numbers] = field(default_factory=dict)
+    checks: Mapping[str, Numbers] = field(default_factory=dict)  # the numbers of each check by its name
+    # Why a check was not done, or how it failed, by its name.
     not_done: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -71,13 +68,42 @@ def step_speed(bench: Bench) -> Numbers:
         step_s = bench.seconds(functools.partial(worker.update, model, batch, 1e-3))
         found[f"{name}_ms"] = 1e3 * step_s
         found[f"{name}_images_per_s"] = images / step_s
-        if bench.device.type == "cuda":
-            found[f"{name}_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
+        found |= _peak(name)
     plain_s = bench.seconds(_plain_step(bench, first_batch(bench.worker())))
     found["plain_images_per_s"] = images / plain_s
     found["step_over_plain"] = float(found["bf16_ms"]) / (1e3 * plain_s)
     return found
+
+
+def _peak(name: str) -> Numbers:
+    """Return the most GPU memory that was taken since the last call; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return {f"{name}_peak_gib": peak}
+
+
+def compiled_step(bench: Bench) -> Numbers:
+    """Measure a PIRL step with and without torch.compile. On the CPU nothing is compiled."""
+    on_gpu = bench.device.type == "cuda"
+    found: Numbers = {}
+    with torch.compiler.set_stance("default" if on_gpu else "force_eager"):
+        for name in ("eager", "compiled"):
+            worker = bench.worker(compile=name == "compiled")
+            model, batch = worker.distributed(), first_batch(worker)
+            started = time.perf_counter()
+            worker.update(model, batch, 1e-3)
+            bench.finish()
+            found[f"{name}_first_step_s"] = time.perf_counter() - started
+            found[f"{name}_ms"] = 1e3 * bench.seconds(functools.partial(worker.update, model, batch, 1e-3))
+            found |= _peak(name)
+    faster = float(found["eager_ms"]) > _LEAST_GAIN * float(found["compiled_ms"])
+    return {
+        **found,
+        "faster": "compiled" if faster else "eager",
+        "flag": "--compile" if faster else "--no-compile",
+    }
 
 
 def _plain_step(bench: Bench, batch: Batch) -> Callable[[], object]:
@@ -266,11 +292,7 @@ CHECKS: dict[str, Callable[[Bench], Numbers]] = {
 
 
 def check(dataset: DataSet, out: str = "") -> Certificate:
-    """Run all checks, print their numbers, and write the certificate.
-
-    Args:
-        out: JSON file for the certificate; "" for none.
-    """
+    """Run all checks, print their numbers, and write the certificate to the JSON file `out`; "" for none."""
     on_gpu = torch.cuda.is_available()
     bench = Bench(dataset, on_gpu)
     checks: dict[str, Numbers] = {}
@@ -311,8 +333,17 @@ def check(dataset: DataSet, out: str = "") -> Certificate:
     return made
 
 
+def advice(checks: Mapping[str, Mapping[str, Any]], precision: str) -> str:
+    """Return which of the two to use on this machine, as a sentence; "" if it was not measured."""
+    if not (found := checks.get("compile")):
+        return ""
+    return (
+        f"Use {found['flag']}: a step takes {found['compiled_ms']:.4g} ms compiled and {found['eager_ms']:.4g} ms "
+        f"eager ({precision}), and the first compiled step {found['compiled_first_step_s']:.4g} s."
+    )
+
+
 def _page(made: Certificate) -> str:
-    """Return the certificate as a page in Markdown."""
     gpu = made.machine.get("gpu")
     lines = [
         f"# {gpu['count']} x {gpu['name']}" if gpu else "# A machine without a GPU: speeds say nothing",

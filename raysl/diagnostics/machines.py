@@ -25,46 +25,29 @@ from raysl.ray_cluster.versions import REMEDY, differing, versions
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of machines of a cluster.
+    """A type of machines of a cluster."""
 
-    Args:
-        name: type in the cluster's configuration; "machine" without an autoscaler.
-        resources: resources of one machine.
-        there: number of running machines.
-        most: greatest number of machines.
-        usd_per_hour: price of one machine; None if unknown.
-    """
-
-    name: str
-    resources: Mapping[str, float]
-    there: int
-    most: int
-    usd_per_hour: float | None
+    name: str  # type in the cluster's configuration; "machine" without an autoscaler
+    resources: Mapping[str, float]  # resources of one machine
+    there: int  # number of running machines
+    most: int  # greatest number of machines
+    usd_per_hour: float | None  # price of one machine; None if unknown
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """A cluster and the placement of a run on it.
+    """A cluster and the placement of a run on it."""
 
-    Args:
-        kinds: types of machines.
-        placement: resources of each trainer; None if the run is refused.
-        refused: reason of the refusal.
-        started: number of machines by type that the run would start.
-        waits: a sentence about what the run would wait for; "" if it could begin.
-        news: machines that the autoscaler has requested, and requests that the cloud has refused.
-        stale: differences of machines that run other code or packages, by address.
-        unusable: why torch cannot use the GPUs of a machine, by address.
-    """
-
-    kinds: tuple[Kind, ...]
-    placement: Placement | None
-    refused: str
-    started: Mapping[str, int]
-    waits: str
+    kinds: tuple[Kind, ...]  # types of machines
+    placement: Placement | None  # resources of each trainer; None if the run is refused
+    refused: str  # reason of the refusal
+    started: Mapping[str, int]  # number of machines by type that the run would start
+    waits: str  # a sentence about what the run would wait for; "" if it could begin
+    # Machines that the autoscaler has requested, and requests that the cloud has refused.
     news: tuple[str, ...]
+    # Differences of machines that run other code or packages, by address.
     stale: Mapping[str, tuple[str, ...]]
-    unusable: Mapping[str, str]
+    unusable: Mapping[str, str]  # why torch cannot use the GPUs of a machine, by address
 
     def usd_per_hour(self, counts: Mapping[str, int]) -> float | None:
         """Return the price of a number of machines by type; None if a price is unknown."""
@@ -81,11 +64,7 @@ class Fleet:
 
 
 def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
-    """Survey the cluster that Ray is connected to.
-
-    Args:
-        prices: US dollars an hour by type of machine; they override the cluster's configuration.
-    """
+    """Survey the cluster that Ray is connected to; `prices` by type of machine override its configuration."""
     capacity = autoscaler.capacity()
     alive = [node for node in ray.nodes() if node["Alive"]]
     placement, refused, started, waits = None, "", {}, ""

@@ -32,8 +32,7 @@ _START_TIMEOUT_S = 180
 def measure_data(stream: Stream) -> dict[str, float]:
     """Return the costs of the data in microseconds per image, measured in one data task.
 
-    Raises:
-        UserError: a shard is damaged, or the cluster is busy.
+    Raises UserError if a shard is damaged, or the cluster is busy.
     """
     task = ray.remote(num_cpus=stream.share.cpus_per_task, scheduling_strategy="DEFAULT")(_data_costs)
     return _answers([task.remote(stream)])[0]
@@ -42,11 +41,7 @@ def measure_data(stream: Stream) -> dict[str, float]:
 def measure_training(job: Job, workers: int, distributed: bool = False) -> dict[str, float]:
     """Return the seconds of a step and of its exchange of gradients in the slowest of all workers.
 
-    Args:
-        distributed: exchange gradients in the step too, as in training.
-
-    Raises:
-        UserError: the cluster is busy.
+    If `distributed`, gradients are exchanged in the step too, as in training. Raises UserError if the cluster is busy.
     """
     host = ray.util.get_node_ip_address()
     store = rendezvous.listen(host)

@@ -9,25 +9,15 @@ from raysl.ray_cluster.placement import Placement
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured costs: microseconds per image in one data task, and seconds per training step.
+    """Measured costs: microseconds per image in one data task, and seconds per training step."""
 
-    Args:
-        read_us: reading a row group, divided by its images.
-        decode_us: decoding the image file.
-        crop_us: cutting and resizing the source crops.
-        augment_us: making views from source crops.
-        transfer_us: moving views through the object store, both sides.
-        step_s: forward, backward, optimiser and bank, with all workers running.
-        all_reduce_s: summing the gradients over all workers; 0 for one worker.
-    """
-
-    read_us: float
-    decode_us: float
-    crop_us: float
-    augment_us: float
-    transfer_us: float
-    step_s: float
-    all_reduce_s: float
+    read_us: float  # reading a row group, divided by its images
+    decode_us: float  # decoding the image file
+    crop_us: float  # cutting and resizing the source crops
+    augment_us: float  # making views from source crops
+    transfer_us: float  # moving views through the object store, both sides
+    step_s: float  # forward, backward, optimiser and bank, with all workers running
+    all_reduce_s: float  # summing the gradients over all workers; 0 for one worker
 
 
 _ADVICE = {
@@ -43,21 +33,13 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted speed of a run.
+    """Predicted speed of a run."""
 
-    Args:
-        data: images/s of the data tasks.
-        training: images/s of the trainers.
-        together: images/s if both share the cores; infinite with GPUs.
-        limit: costliest stage of the slower side.
-        advice: the bottleneck and what to do, in one or two sentences.
-    """
-
-    data: float
-    training: float
-    together: float
-    limit: str
-    advice: str
+    data: float  # images/s of the data tasks
+    training: float  # images/s of the trainers
+    together: float  # images/s if both share the cores; infinite with GPUs
+    limit: str  # costliest stage of the slower side
+    advice: str  # the bottleneck and what to do, in one or two sentences
 
     @property
     def images_per_s(self) -> float:

@@ -20,28 +20,11 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError, counted, explained, unknown
 from raysl.evaluation.apart import check_apart, same_set, warn_of_same, warn_of_shared
 from raysl.evaluation.options import ProbeConfig
-from raysl.evaluation.results import (
-    MODEL,
-    MOMENTUM,
-    ROWS,
-    TITLES,
-    add_rows,
-    check_writable,
-    protocol_hash,
-    shown,
-)
+from raysl.evaluation.results import MODEL, ROWS, TITLES, add_rows, check_writable, protocol_hash, shown
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
 from raysl.ingestion import resolve
-from raysl.probes import (
-    EncoderProbe,
-    FeatureProbe,
-    LabelledProbe,
-    Probe,
-    Row,
-    Subject,
-    common_labels,
-)
-from raysl.probes._frozen import StoredFeatures, measure_layers
+from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe, Row, Subject, common_labels
+from raysl.probes._task import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.storage.records import verified, write_record
@@ -61,19 +44,16 @@ def probe(
 
     Args:
         run: a run with at least one complete checkpoint, or its folder.
-        train: labelled data that the probes learn from; a path, a URI or another source that `raysl.ingestion.resolve`
-            accepts.
+        train: labelled data that the probes learn from; a source that `raysl.ingestion.resolve` accepts.
         test: labelled data on which the probes are scored. Probes without labels use only these images.
-        config: what is probed; see `ProbeConfig`.
-        **changes: fields of `ProbeConfig` that replace those of `config`.
+        config: what is probed; fields in `changes` replace its own.
 
     Returns:
         The rows of this call: `raysl.evaluation.results.KEY`, "value", "primary" (the row stands for its probe),
         "weights" (a checksum) and "num_test" (number of test images).
 
-    Raises:
-        UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be written,
-            or the data do not suit the probes. Rows of earlier probes are kept.
+    Raises UserError if a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be
+    written, or the data do not suit the probes. Rows of earlier probes are kept.
     """
     config = _with_changes(config, changes)
     run = Run.open(run) if isinstance(run, str) else run
@@ -89,7 +69,7 @@ def probe(
     return _run_probes(context, sources, train, test, config)
 
 
-def probe_model(
+def probe_encoder(
     source: Encoder,
     title: str,
     train: DataSet | str,
@@ -97,37 +77,21 @@ def probe_model(
     config: ProbeConfig | None = None,
     **changes: Any,
 ) -> list[dict[str, Any]]:
-    """Probe an encoder that is not a run, such as published weights, and add the rows to the folder `out`.
+    """Probe an encoder: a run as `probe` does, any other one with its rows in the folder `out`.
 
     Args:
         title: name of the model in reports.
-        config: what is probed; its `out` is required and its `encoders` are not used.
+        config: what is probed; of a model that is not a run, its `out` is required and its `encoders` are not used.
 
-    Returns:
-        As `probe`.
-
-    Raises:
-        UserError: as `probe`, or `out` is empty or holds results of another model.
+    Raises UserError as `probe`, or if `image_size` is given for a run, or `out` is empty or of another model.
     """
     config = _with_changes(config, changes)
     config.check_encoder(source, title)
+    if isinstance(source, extraction.Trained):
+        return probe(source.run, train, test, config, checkpoint=source.checkpoint)
     context = _context_of(config.out, title, source, config.image_size or view_size(source), config.seed)
     check_writable(context.run.folder / ROWS, "probe")
     return _run_probes(context, [source], train, test, config)
-
-
-def probe_encoder(
-    source: Encoder, title: str, train: DataSet | str, test: DataSet | str, config: ProbeConfig
-) -> list[dict[str, Any]]:
-    """Probe a run by `probe` and any other encoder by `probe_model`.
-
-    Raises:
-        UserError: as these, or `image_size` is given for a run.
-    """
-    if not isinstance(source, extraction.Trained):
-        return probe_model(source, title, train, test, config)
-    config.check_encoder(source, title)
-    return probe(source.run, train, test, config, checkpoint=source.checkpoint)
 
 
 def folder_of(source: Encoder, config: ProbeConfig) -> Folder:
@@ -154,16 +118,12 @@ def _with_changes(config: ProbeConfig | None, changes: Mapping[str, Any]) -> Pro
 
 @dataclass(frozen=True)
 class _Context:
-    """The folder that gets the rows, which may hold nothing but rows, and the settings that come from the run.
-
-    Args:
-        model: content of `model.json`, for a folder that is not a run.
-    """
+    """The folder that gets the rows, which may hold nothing but rows, and the settings that come from the run."""
 
     run: Run
     image_size: int
     seed: int
-    model: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] | None = None  # content of `model.json`, for a folder that is not a run
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Store rows. The model is written before the first, so that rows always have an owner."""
@@ -234,11 +194,7 @@ def _run_probes(
 
 
 def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: DataSet) -> None:
-    """Check the data of all probes before anything is computed; for `ready` see `ProbeConfig.ready`.
-
-    Raises:
-        UserError: the data do not suit a probe, or a probe that learns would be scored on the same images.
-    """
+    """Raise UserError if data do not suit one of the probes, or one that learns would be scored on the same images."""
     check_apart(list(ready), train, test)
     for _, probe in ready.values():
         if hasattr(probe, "check_data"):
@@ -387,7 +343,7 @@ def _stored_rows(found: Iterable[Row], probe: Probe, identity: Mapping[str, Any]
 
 
 def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
-    if name in ("trained", MOMENTUM):
+    if name not in ("random", "pixels"):
         return extraction.Trained(run, checkpoint or run.newest(), name)
     return extraction.untrained(run) if name == "random" else extraction.Pixels()
 

@@ -76,11 +76,9 @@ def pretrain_and_probe(
 
     Rows are added to the run with their step, and written to TensorBoard, as soon as they exist; the values are added
     to metrics.jsonl when the trainers, which write that file, have ended. A probe that fails stops neither training nor
-    other probes: it is logged, its error is in probes/error.txt, and it is repeated after the last step.
-
-    Raises:
-        UserError: as `pretrain`; or a probe does not exist or has a required setting, or its data cannot be read or do
-            not suit it.
+    other probes: it is logged, its error is in probes/error.txt, and it is repeated after the last step. Raises
+    UserError as `pretrain`, or if a probe does not exist or has a required setting, or its data cannot be read or do
+    not suit it.
     """
     if not online.probe_every:
         return pretrain(config, callbacks=callbacks, local=local or None)
@@ -110,7 +108,6 @@ def pretrain_and_probe(
 
 
 def _check_defaults(names: Sequence[str]) -> None:
-    """Raise UserError if a probe does not exist or has a required setting."""
     for name in names:
         flags = " and ".join(probes.required(name))
         if flags:
@@ -121,11 +118,7 @@ def _check_defaults(names: Sequence[str]) -> None:
 
 
 def with_checkpoints(config: Pretraining, online: OnlineConfig) -> Pretraining:
-    """Return the configuration with checkpoints at the steps of the probes.
-
-    Raises:
-        UserError: it saves or keeps checkpoints at other steps only.
-    """
+    """Return the configuration with checkpoints at the steps of the probes. Raises UserError if it excludes them."""
     values: dict[str, Any] = {}
     for name in ("every_steps", "keep_every"):
         steps = getattr(config.save, name) or online.probe_every
@@ -141,25 +134,15 @@ def with_checkpoints(config: Pretraining, online: OnlineConfig) -> Pretraining:
 
 @dataclass
 class OnlineEvaluator:
-    """Probe the checkpoints of a run.
+    """Probe the checkpoints of a run."""
 
-    Args:
-        run: the run; it need not have begun.
-        online: when and what is probed.
-        train, test: the images that probes learn from and are scored on.
-        trainers: smallest number of workers that train, each on a GPU if there are any.
-        callbacks: code that is told the results.
-
-    Attributes:
-        training_ended: set when the trainers have ended.
-    """
-
-    run: Run
-    online: OnlineConfig
+    run: Run  # it need not have begun
+    online: OnlineConfig  # when and what is probed
     train: DataSet
     test: DataSet
-    trainers: int = 1
-    callbacks: Callbacks | None = None
+    trainers: int = 1  # smallest number of workers that train, each on a GPU if there are any
+    callbacks: Callbacks | None = None  # code that is told the results
+    # Set when the trainers have ended.
     training_ended: threading.Event = field(default_factory=threading.Event, init=False)
     _failed: set[int] = field(default_factory=set, init=False)
     _waiting_at: int = field(default=-1, init=False)
@@ -178,11 +161,7 @@ class OnlineEvaluator:
                 self._probe(due[-1], names, low_priority=True)
 
     def finish(self) -> list[int]:
-        """Probe the remaining checkpoints and the last step, and write all values into metrics.jsonl.
-
-        Returns:
-            The steps that remained.
-        """
+        """Probe the remaining checkpoints and the last step, write metrics.jsonl, and return these steps."""
         names, rows = self.online.probes, self._rows()
         remaining = {found.step: found for found in self.due(names, rows)}
         last = self.run.newest()
@@ -285,7 +264,6 @@ class OnlineEvaluator:
 
 
 def _missing(step: int, names: Sequence[str], rows: Rows) -> list[str]:
-    """Return the probes that have no row at a step."""
     done = {row["probe"] for row in rows if row["step"] == step}
     return [name for name in names if name not in done]
 

@@ -16,13 +16,13 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from raysl import extraction, probes
-from raysl.errors import UserError, counted
+from raysl.errors import UserError, counted, explained
 from raysl.extraction import FeatureProtocol
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -44,6 +44,12 @@ MODEL = "model.json"
 # A row replaces an earlier row that has the same values of these fields.
 KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
 _TABLE_KEY = ("probe", "protocol", "train", "test")
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("probe", "name", "layer", "encoder", "protocol", "train", "test"), str),
+    **dict.fromkeys(("step", "seed", "primary"), int),
+    "value": int | float,
+    "time": float,
+}
 # Measures that are shares of 1, which people read as per cent.
 _SHARE = re.compile(
     r"(top\d|balanced|mAP|AP|PCK(_without_image)?|within|peak_in|middle_in|precision|closer|readout|chance|constant)"
@@ -54,10 +60,7 @@ _SHARE = re.compile(
 def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statistics: str = probes.KEPT) -> str:
     """Return a hash of all settings that a probe's value depends on, apart from encoder, layer and data.
 
-    Args:
-        config: its Config; see `raysl.probes.settings`.
-        protocol: how images become features. Its layers are not part of the hash.
-        bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
+    The layers of `protocol` are not part of it. For `bn_statistics` see `raysl.evaluation.options.ProbeConfig`.
     """
     features = {key: value for key, value in vars(protocol).items() if key != "layers"}
     if bn_statistics != probes.KEPT:
@@ -68,11 +71,7 @@ def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statisti
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    """Return all rows that probes have added to a run, the newest of each `KEY`.
-
-    Raises:
-        UserError: a file of rows is damaged, or was written by raysl 0.1.
-    """
+    """Return the newest row of each `KEY` of a run. Raises UserError if a file is damaged, or of raysl 0.1."""
     if run.folder.exists(_OLD_ROWS):
         raise UserError(
             f"The results of probes in {run.folder / _OLD_ROWS} were written by raysl 0.1, which this version does not "
@@ -97,8 +96,7 @@ def rows(runs: str | os.PathLike[str] | Run | Iterable[str | os.PathLike[str] | 
         For each number, the newest of its probe, protocol, data, layer, encoder, step and seed: a row as `raysl.probe`
         returns it, and "run", the folder.
 
-    Raises:
-        UserError: a folder is neither a run nor that of a model, or a file of rows is damaged.
+    Raises UserError if a folder is neither a run nor that of a model, or a file of rows is damaged.
     """
     several = [runs] if isinstance(runs, str | os.PathLike | Run) else runs
     found = []
@@ -118,11 +116,10 @@ def rows(runs: str | os.PathLike[str] | Run | Iterable[str | os.PathLike[str] | 
 def add_rows(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a run. Any number of processes may do so at once.
 
-    Raises:
-        UserError: the folder cannot be written, or the file of this process is damaged.
+    Raises UserError if the folder cannot be written, or the file of this process is damaged.
     """
     folder, name = run.folder / ROWS, _file_of(os.getpid())
-    before = list(_read(folder, name)) if folder.exists(name) else []
+    before = _read(folder, name) if folder.exists(name) else []
     now = [{**row, "time": time.time()} for row in rows]
     lines = jsonl({_key(row): row for row in [*before, *now]}.values())
     header = {"rows": lines.count(b"\n"), "crc32": zlib.crc32(lines)}
@@ -149,32 +146,24 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def _read(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
+def _read(folder: Folder, name: str) -> list[dict[str, Any]]:
     data = folder.read(name)
     first, _, lines = data.partition(b"\n")
-    try:
+    remedy = "Delete that file and run the same `raysl probe` again; the results in other files are intact."
+    what = f"The results of probes in {folder / name} are damaged"
+    with explained(what, remedy, ValueError, KeyError, TypeError):
         header = json.loads(first)
         if (header["rows"], header["crc32"]) != (lines.count(b"\n"), zlib.crc32(lines)):
             raise ValueError("its checksum does not match")
-        rows = [_checked(json.loads(line)) for line in lines.splitlines()]
-        if not all(isinstance(row["time"], float) for row in rows):
-            raise ValueError("a row has no time")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"The results of probes in {folder / name} are damaged: {error}. Delete that file and run the same "
-            "`raysl probe` again; the results in other files are intact."
-        ) from error
-    yield from rows
+        return [_checked(json.loads(line)) for line in lines.splitlines()]
 
 
 def _checked(row: Any) -> dict[str, Any]:
     """Return a row if its fields have the right types, so that no report fails on it. Raises ValueError or KeyError."""
-    texts = ("probe", "name", "layer", "encoder", "protocol", "train", "test")
-    if not all(isinstance(row[name], str) for name in texts):
-        raise ValueError("a row has a name that is not text")
-    if not all(isinstance(row[name], int) for name in ("step", "seed", "primary")):
-        raise ValueError("a row has no step, no seed or no primary")
-    if not isinstance(row["value"], int | float) or not math.isfinite(row["value"]):
+    for name, kind in _TYPES.items():
+        if not isinstance(row[name], kind):
+            raise ValueError(f"its {name} is {row[name]!r}")
+    if not math.isfinite(row["value"]):
         raise ValueError("a value is not a finite number")
     num_test = row.get("num_test", 0)
     if not isinstance(num_test, int) or isinstance(num_test, bool) or num_test < 0:
@@ -195,24 +184,19 @@ def rows_of_probe(
     test: str,
     config: Any = None,
     step: int | None = None,
-    *,
-    bn_statistics: str = probes.REESTIMATED,
     rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows of one probe under one protocol on given data, of all layers and encoders.
 
     Args:
-        run: a run of raysl.
-        train: fingerprint of the train set.
-        test: fingerprint of the test set.
+        train, test: fingerprints of the data sets.
         config: Config of the probe; None for its defaults.
         step: only rows of this checkpoint and of untrained encoders; None for all.
-        bn_statistics: see `protocol_hash`.
         rows: the rows of the run, if the caller has read them already.
     """
     config = probes.load(name)[0]() if config is None else config
     protocol = FeatureProtocol(run.config().view.image_size)
-    wanted = name, protocol_hash(name, config, protocol, bn_statistics)
+    wanted = name, protocol_hash(name, config, protocol, probes.REESTIMATED)
     return [
         dict(row)
         for row in (rows_of(run) if rows is None else rows)
@@ -231,10 +215,8 @@ def shown(row: Mapping[str, Any]) -> str:
 def tables(rows: Iterable[Mapping[str, Any]], sets: Iterable[DataSet] = ()) -> list[Table]:
     """Return tables of rows: one for each probe, protocol and pair of data sets, with a column for each encoder.
 
-    A table of several layers shows the primary metric, or all measures where some layer has no primary metric.
-
-    Args:
-        sets: data sets of the rows; captions tell how large they are.
+    A table of several layers shows the primary metric, or all measures where some layer has no primary metric. Captions
+    tell how large the data sets in `sets` are.
     """
     sizes = {one.manifest.fingerprint: _size(one) for one in sets}
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -277,10 +259,8 @@ def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:
 def describe_images(train: str, test: str, sizes: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the images that a value depends on, as text.
 
-    Args:
-        train: fingerprint of the train set; empty if the probe did not see it.
-        test: fingerprint of the test set; empty if the protocol names the images.
-        sizes: text to add to a fingerprint.
+    Both fingerprints are empty if the protocol names the images, and that of the train set if the probe did not see it.
+    `sizes` are texts to add to a fingerprint.
     """
     named = {one: f"{one[:8]}{sizes.get(one, '')}" for one in (train, test)}
     if train and train == test:
@@ -291,7 +271,6 @@ def describe_images(train: str, test: str, sizes: Mapping[str, str] = MappingPro
 
 
 def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int, str]:
-    """Return the position of the column of a row, and its title."""
     of_run = row["encoder"] in ("trained", MOMENTUM)
     title = f"{row['encoder']}, step {row['step']}" if of_run else TITLES.get(row["encoder"], row["encoder"])
     if several_seeds:
@@ -300,15 +279,12 @@ def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int,
     return order.index(row["encoder"]), row["step"], row["seed"], title
 
 
-def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
+def verdicts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return sentences for each probe that say if the trained encoder is better than the baselines.
 
     Each encoder counts with the primary metric of its best layer. A probe that gives no score says what it has found
-    in each layer, or that it is none.
-
-    Args:
-        num_test: number of test images, for rows that do not say it. Accuracies that differ by less than two standard
-            errors, of independent images, are called equal.
+    in each layer, or that it is none. Accuracies that differ by less than two standard errors, of independent images,
+    are called equal.
     """
     sentences = []
     members: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -322,8 +298,7 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
         best = {row["encoder"]: row for row in sorted(found, key=lambda row: float(row["value"]))}
         others = [best[encoder] for encoder in ENCODERS[1:] if encoder in best]
         if "trained" in best and others:
-            count = best["trained"].get("num_test", 0) or num_test
-            sentences.append(_verdict(name, best["trained"], others, count))
+            sentences.append(_verdict(name, best["trained"], others))
     return sentences
 
 
@@ -341,7 +316,8 @@ def _findings(name: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [" ".join([*found, "Only a probe with labels tells if the features are useful."])]
 
 
-def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]], num_test: int) -> str:
+def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]]) -> str:
+    num_test = trained.get("num_test", 0)
     called = {"random": "the untrained network", "pixels": "raw pixels"}
     margins = [margin(row["name"], (trained["value"], row["value"]), num_test) for row in others]
     found: dict[str, list[str]] = {"better": [], "not clearly better": [], "worse": []}

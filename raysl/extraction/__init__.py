@@ -1,59 +1,31 @@
 """Frozen features of images: encoders, their layers, and passes over data sets."""
 
-from raysl.extraction.encoders import (
-    Encoder,
-    NetworkEncoder,
-    Pixels,
-    RandomBackbone,
-    Trained,
-    Weights,
-    check_encoder,
-    check_layers,
-    encoder_by_name,
-    stages,
-    untrained,
-    view_size,
-)
-from raysl.extraction.exports import SETTINGS
-from raysl.extraction.feature_tasks import FeatureProtocol, actor_resources, extract_all
-from raysl.extraction.features import FeaturesConfig, compute_features
-from raysl.extraction.heads import Heads, heads
-from raysl.extraction.inference import FeatureExtractor, load
-from raysl.extraction.layers import Encode, EncodeMaps, feature_spec
-from raysl.extraction.reestimated import Reestimated, load_maps
-from raysl.extraction.reestimated import load as load_reestimated
-from raysl.storage.feature_files import FeatureForm
-from raysl.storage.feature_store import FeatureStore
-
-__all__ = [
-    "SETTINGS",
-    "Encode",
-    "EncodeMaps",
-    "Encoder",
-    "FeatureExtractor",
-    "FeatureForm",
-    "FeatureProtocol",
-    "FeatureStore",
-    "FeaturesConfig",
-    "Heads",
-    "NetworkEncoder",
-    "Pixels",
-    "RandomBackbone",
-    "Reestimated",
-    "Trained",
-    "Weights",
-    "actor_resources",
-    "check_encoder",
-    "check_layers",
-    "compute_features",
-    "encoder_by_name",
-    "extract_all",
-    "feature_spec",
-    "heads",
-    "load",
-    "load_maps",
-    "load_reestimated",
-    "stages",
-    "untrained",
-    "view_size",
-]
+from raysl.extraction.encoders import Encoder as Encoder
+from raysl.extraction.encoders import NetworkEncoder as NetworkEncoder
+from raysl.extraction.encoders import Pixels as Pixels
+from raysl.extraction.encoders import RandomBackbone as RandomBackbone
+from raysl.extraction.encoders import Trained as Trained
+from raysl.extraction.encoders import Weights as Weights
+from raysl.extraction.encoders import check_encoder as check_encoder
+from raysl.extraction.encoders import check_layers as check_layers
+from raysl.extraction.encoders import encoder_by_name as encoder_by_name
+from raysl.extraction.encoders import stages as stages
+from raysl.extraction.encoders import untrained as untrained
+from raysl.extraction.encoders import view_size as view_size
+from raysl.extraction.exports import SETTINGS as SETTINGS
+from raysl.extraction.feature_tasks import FeatureProtocol as FeatureProtocol
+from raysl.extraction.feature_tasks import actor_resources as actor_resources
+from raysl.extraction.feature_tasks import extract_all as extract_all
+from raysl.extraction.features import FeaturesConfig as FeaturesConfig
+from raysl.extraction.features import compute_features as compute_features
+from raysl.extraction.heads import Heads as Heads
+from raysl.extraction.heads import heads as heads
+from raysl.extraction.inference import FeatureExtractor as FeatureExtractor
+from raysl.extraction.inference import load as load
+from raysl.extraction.layers import Encode as Encode
+from raysl.extraction.layers import EncodeMaps as EncodeMaps
+from raysl.extraction.layers import feature_spec as feature_spec
+from raysl.extraction.reestimated import Reestimated as Reestimated
+from raysl.extraction.reestimated import load_maps as load_maps
+from raysl.storage.feature_files import FeatureForm as FeatureForm
+from raysl.storage.feature_store import FeatureStore as FeatureStore

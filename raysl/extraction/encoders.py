@@ -50,13 +50,10 @@ class Encoder(Protocol):
         ...
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
-        """Return the function from uint8 images (b, 3, s, s) on the device to float features (b, d) by layer.
+        """Return the function from uint8 images (b, 3, s, s) on the device to float features (b, d) by layer or grid.
 
-        Args:
-            device: where the function computes.
-            layers: layers and grids.
-            by_batch: whether BatchNorm uses the statistics of each batch, as in training. Features then depend on
-                the other images of the batch.
+        If `by_batch`, BatchNorm uses the statistics of each batch, as in training. Features then depend on the other
+        images of the batch.
         """
         ...
 
@@ -88,20 +85,11 @@ class NetworkEncoder:
 
 @dataclass(frozen=True)
 class Trained(NetworkEncoder):
-    """The backbone of a run at one of its checkpoints.
-
-    Args:
-        run: the run.
-        checkpoint: the checkpoint.
-        name: "trained", or "momentum" for the moving average of the backbone that the objective keeps.
-
-    Raises:
-        UserError: the objective keeps no moving average.
-    """
+    """The backbone of a run at one of its checkpoints. Raises UserError if it keeps no moving average to be named."""
 
     run: Run
     checkpoint: Checkpoint
-    name: str = "trained"
+    name: str = "trained"  # or "momentum" for the moving average of the backbone that the objective keeps
 
     def __post_init__(self) -> None:
         self._prefix()
@@ -192,20 +180,13 @@ def untrained(run: Run) -> RandomBackbone:
 
 @dataclass(frozen=True)
 class Weights(NetworkEncoder):
-    """A backbone with the weights in a file. A classifier in the file is ignored.
+    """A backbone with the weights in a file; see `raysl.backbone.external_weights`. Its classifier is ignored."""
 
-    Args:
-        file: see `raysl.backbone.external_weights`. A path (made absolute, because Ray workers have another working
-            directory) or a URI.
-        config: the backbone; "timm/NAME" or "timm/NAME.TAG" for a backbone of timm, which also decides how images
-            are normalised.
-        image_size: side of the images that the weights were made for, in pixels; 0 if it is not known.
-    """
-
-    file: str
+    file: str  # a path (made absolute, because Ray workers have another working directory) or a URI
+    # "timm/NAME" or "timm/NAME.TAG" for a backbone of timm, which also decides how images are normalised.
     config: BackboneConfig
     name: str = "weights"
-    image_size: int = 0
+    image_size: int = 0  # side of the images that the weights were made for, in pixels; 0 if it is not known
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "file", str(Folder(self.file)))
@@ -248,10 +229,8 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
             folder of `raysl export`; "random" for an untrained backbone; "pixels".
         config: the backbone of a weights file, or of "random". The default is replaced by what a folder of an export,
             or raysl in or beside a file, states.
-        seed: seed of "random".
 
-    Raises:
-        UserError: there is nothing of this kind, or the run has no complete checkpoint.
+    Raises UserError if there is nothing of this kind, or the run has no complete checkpoint.
     """
     if name == "random":
         return RandomBackbone(config, seed)
@@ -277,8 +256,7 @@ def _weights(name: str, config: BackboneConfig) -> Weights:
 def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
     """Return the run and the checkpoint that a user has named; None for weights, "random" or "pixels". Without torch.
 
-    Raises:
-        UserError: as `encoder_by_name`.
+    Raises UserError as `encoder_by_name`.
     """
     if name in ("random", "pixels"):
         return None

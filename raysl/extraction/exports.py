@@ -9,7 +9,7 @@ from typing import Any
 from raysl import plugins
 from raysl.backbone import external_weights
 from raysl.backbone.network import TIMM, BackboneConfig, names
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.storage import Folder
 from raysl.storage.records import verified
 
@@ -36,8 +36,7 @@ def weights_in(name: str) -> str:
 def find(name: str, of_timm: bool = True) -> tuple[str, BackboneConfig | None, int]:
     """Return the weights file of a folder or file, and the backbone and image size that are stated with it.
 
-    Args:
-        of_timm: whether a `config.json` of timm states them, and not only what raysl wrote.
+    A `config.json` of timm counts only if `of_timm`, what raysl wrote always.
     """
     name = weights_in(name)
     if name.startswith(_WEB):
@@ -48,7 +47,8 @@ def find(name: str, of_timm: bool = True) -> tuple[str, BackboneConfig | None, i
 
 def _beside(folder: Folder, of_timm: bool) -> tuple[BackboneConfig, int] | None:
     """Return what raysl or timm wrote beside the weights."""
-    try:
+    what = f"The settings beside the weights in {str(folder)!r} cannot be read"
+    with explained(what, "Give the backbone.", ValueError, KeyError, TypeError, AttributeError):
         if folder.exists(SETTINGS):
             stated = verified(folder.read_json(SETTINGS))
             backbone = dict(stated["backbone"])
@@ -67,15 +67,10 @@ def _beside(folder: Folder, of_timm: bool) -> tuple[BackboneConfig, int] | None:
             if not re.fullmatch(r"[\w.]+", name):  # With "/" and ":" it would name code.
                 raise ValueError(f"{name!r} is no network of timm")
             return BackboneConfig(f"{TIMM}{name}"), size
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"The settings beside the weights in {str(folder)!r} cannot be read ({error}). Give the backbone."
-        ) from error
     return None
 
 
 def _from_safetensors(name: str) -> tuple[BackboneConfig, int] | None:
-    """Return what raysl wrote into the metadata of a safetensors file."""
     if not name.lower().endswith(".safetensors"):
         return None
     stated = external_weights.safetensors_metadata(external_weights.read_file(name))

@@ -52,17 +52,11 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class FeatureProtocol:
-    """How an image becomes features.
+    """How an image becomes features."""
 
-    Args:
-        image_size: side in pixels of the evaluation view; see `raysl.stream.decode.evaluation_views`.
-        layers: feature specs; see `raysl.extraction.layers`.
-        version: increases when the same settings change their meaning.
-    """
-
-    image_size: int = 32
-    layers: tuple[str, ...] = ("pooled",)
-    version: int = 2
+    image_size: int = 32  # side in pixels of the evaluation view; see `raysl.stream.decode.evaluation_views`
+    layers: tuple[str, ...] = ("pooled",)  # feature specs; see `raysl.extraction.layers`
+    version: int = 2  # increases when the same settings change their meaning
 
 
 def extract_all(
@@ -85,9 +79,8 @@ def extract_all(
     Returns:
         The features by layer, for each of `wanted`.
 
-    Raises:
-        UserError: a layer does not exist, an encoder takes images of another size, a data set is empty or damaged, a
-            checkpoint is damaged, or the cache cannot be written.
+    Raises UserError if a layer does not exist, an encoder takes images of another size, a data set is empty or damaged,
+    a checkpoint is damaged, or the cache cannot be written.
     """
     extractions, requested = [], []
     records: dict[Folder, dict[str, Any]] = {}
@@ -118,8 +111,7 @@ def extract_all(
 def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> dict[str, Any]:
     """Return a JSON value of everything that features depend on.
 
-    Raises:
-        UserError: a layer does not exist, the encoder takes images of another size, or the data set is empty.
+    Raises UserError if a layer does not exist, the encoder takes images of another size, or the data set is empty.
     """
     encoders.check_layers(source, protocol.layers)
     encoders.check_size(source, protocol.image_size)
@@ -231,11 +223,7 @@ def _run_pool(
 
 
 def actor_resources(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
-    """Return the number of extraction actors and the resources of each; together they take half of the CPUs.
-
-    Args:
-        resources: {"CPU": n, "GPU": n} of the cluster.
-    """
+    """Return the number of actors on a cluster, {"CPU": n, "GPU": n}, and the resources of each: half of the CPUs."""
     cpus, gpus = float(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     size = gpus or max(1, int(cpus))
     share = {"num_cpus": int(500 * cpus / size) / 1000}
@@ -244,8 +232,6 @@ def actor_resources(resources: Mapping[str, float]) -> tuple[int, dict[str, floa
 
 @dataclass(frozen=True)
 class _Output:
-    """Folder and format of the features of a layer."""
-
     layer: str
     folder: Folder
     form: FeatureForm
@@ -288,10 +274,7 @@ class _Actor:
         return gpus.device()
 
     def encode(self, number: int) -> Encode:
-        """Return the encoder of an extraction.
-
-        It is not loaded in the constructor, where Ray would restart the actor and hide the error.
-        """
+        """Return the encoder of an extraction; not loaded in the constructor, where Ray would hide an error."""
         if number not in self.loaded:
             extraction = self.extractions[number]
             self.loaded[number] = extraction.source.load(
@@ -334,7 +317,6 @@ class _Actor:
 
 
 def _evaluation_views(extraction: _Extraction, images: list[bytes]) -> Tensor:
-    """Return the evaluation view of encoded images."""
     what = f"An image of the data set at {str(extraction.dataset.folder)!r} was decoded at ingest and is now damaged"
     with explained(what, "Ingest the source again.", decode.DecodeError):
         return decode.evaluation_views(images, extraction.image_size)

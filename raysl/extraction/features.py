@@ -89,9 +89,7 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     """Compute the features of a data set, resume an interrupted pass, or return finished features.
 
     Memory does not grow with the number of images. `_features.json` in the folder describes the origin of the features.
-
-    Raises:
-        UserError: the checkpoint, the layer or the data cannot be used, or the folder holds other features.
+    Raises UserError if the checkpoint, the layer or the data cannot be used, or the folder holds other features.
     """
     check_out(config.out)
     source = encoders.encoder_by_name(checkpoint, config.backbone, config.seed)
@@ -149,11 +147,7 @@ def check_out(out: str) -> None:
 
 
 def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
-    """Return True if a folder holds the wanted features, finished. In a new folder, write which features are wanted.
-
-    Raises:
-        UserError: the folder holds other features.
-    """
+    """Return True if a folder holds the wanted features; in a new one, write which. Raises UserError for others."""
     finished = folder.exists(FINISHED)
     name = FINISHED if finished else STARTED
     if not folder.exists(name):
@@ -204,7 +198,6 @@ def _reduced(
 
 
 def _teacher(checkpoint: str, source: Encoder) -> str:
-    """Return a line that names the network and identifies its weights."""
     if isinstance(source, Trained):
         return f"{source.run.folder} step {source.checkpoint.step} crc32 {source.checkpoint.crc32():08x}"
     identity = source.identity()

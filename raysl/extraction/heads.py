@@ -17,29 +17,19 @@ from raysl.pretext import Pretext
 
 @dataclass(frozen=True)
 class Heads:
-    """The views that a method compares, and their embeddings.
+    """The views that a method compares, and their embeddings."""
 
-    Args:
-        transform: name of the pretext transform, such as "jigsaw".
-        image: makes the view of the image.
-        transformed: makes the transformed view, with the hyperparameters of the run.
-        embed: function from uint8 crops (b, p, 3, h, w) of both views, on the device, to their embeddings (b, d).
-    """
-
-    transform: str
-    image: Pretext
-    transformed: Pretext
+    transform: str  # name of the pretext transform, such as "jigsaw"
+    image: Pretext  # makes the view of the image
+    transformed: Pretext  # makes the transformed view, with the hyperparameters of the run
+    # Function from uint8 crops (b, p, 3, h, w) of both views, on the device, to their embeddings (b, d).
     embed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Heads | None:
     """Return the heads of a run with an objective that compares views; None for other runs and other encoders.
 
-    Args:
-        by_batch: see `Encoder.load`; for each view separately.
-
-    Raises:
-        UserError: the checkpoint is damaged.
+    For `by_batch` see `Encoder.load`; each view has its own statistics. Raises UserError if the checkpoint is damaged.
     """
     if not isinstance(encoder, Trained):
         return None
@@ -62,11 +52,7 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
 
 
 def trained_model(encoder: Trained) -> Model:
-    """Return the whole model of a run, with its objective, in eval mode on the CPU.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
+    """Return the whole model of a run, in eval mode on the CPU. Raises UserError if the checkpoint is damaged."""
     config, data = encoder.run.config(), encoder.run.metadata()["data"]
     with torch.random.fork_rng(devices=[]):
         # The checkpoint holds all weights.

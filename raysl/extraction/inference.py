@@ -94,7 +94,6 @@ class FeatureExtractor:
         return self._loaded[layer]
 
     def _views(self, images: Any) -> Iterator[Tensor]:
-        """Yield batches of views, uint8 (b, 3, s, s)."""
         batch: list[_Named] = []
         for number, (name, image) in enumerate(_image_files(images)):
             batch.append((name or f"number {number}, counted from 0,", image))

@@ -68,11 +68,9 @@ def modules(backbone: Backbone) -> dict[str, str]:
 
 
 def frozen(backbone: Backbone, device: torch.device, specs: Sequence[str], by_batch: bool) -> Encode:
-    """Return the function from images to features by a frozen backbone.
+    """Return the function from images to features of layers and grids by a frozen backbone.
 
-    Args:
-        specs: layers and grids.
-        by_batch: whether BatchNorm uses the statistics of each batch, as in training, and not the running ones.
+    If `by_batch`, BatchNorm uses the statistics of each batch, as in training, and not the running ones.
     """
     if by_batch:
         norm.use_batch_statistics(backbone)
@@ -96,10 +94,7 @@ def frozen_maps(backbone: Backbone, device: torch.device, layers: Sequence[str])
     """Return the function from images to the maps of layers of a frozen backbone.
 
     The map of "pooled" is the one before pooling. The patch tokens of a transformer are a map of its patches, without
-    the class token and registers.
-
-    Raises:
-        UserError: when the function is called, if a layer has no map.
+    the class token and registers. The function raises UserError if a layer has no map.
     """
     backbone = backbone.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     made: dict[str, Tensor] = {}

@@ -25,17 +25,12 @@ _CPUS = 0.5
 
 @dataclass(frozen=True)
 class Projection:
-    """Projects a row x to (x - mean_d) @ components_dm.
+    """Projects a row x to (x - mean_d) @ components_dm."""
 
-    Args:
-        mean_d: float64 (d,).
-        components_dm: float64 (d, m), orthonormal, by falling variance; the largest number of each is positive.
-        variance: share of the variance that is kept.
-    """
-
-    mean_d: NDArray[np.float64]
+    mean_d: NDArray[np.float64]  # float64 (d,)
+    # float64 (d, m), orthonormal, by falling variance; the largest number of each is positive.
     components_dm: NDArray[np.float64]
-    variance: float
+    variance: float  # share of the variance that is kept
 
     def save(self, folder: Folder) -> None:
         """Write the projection beside the features."""
@@ -59,9 +54,7 @@ class Projection:
 def fit(store: FeatureStore, dim: int) -> Projection:
     """Return the first `dim` principal components.
 
-    Raises:
-        UserError: there are fewer rows, or fewer numbers in a row, than components; a row is not finite; or a file is
-            damaged.
+    Raises UserError if there are fewer rows or numbers in a row, a row is not finite, or a file is damaged.
     """
     found = _run(_moments, store, store.shards(1)[0])
     count = sum(each[0] for each in found)
@@ -79,11 +72,7 @@ def fit(store: FeatureStore, dim: int) -> Projection:
 
 
 def project(store: FeatureStore, projection: Projection, form: FeatureForm, folder: Folder) -> None:
-    """Write the projected parts that are missing in a folder.
-
-    Raises:
-        UserError: the rows have another length than those that the projection was fitted to.
-    """
+    """Write the projected parts that are missing. Raises UserError if the projection is for rows of another length."""
     if store.dim != len(projection.mean_d):
         raise UserError(
             f"The projection is for rows of {len(projection.mean_d)} numbers and these have {store.dim}. Give --pca-of "

@@ -30,9 +30,7 @@ _BATCH = 128
 def load(source: Encoder, views: Iterable[Tensor], device: torch.device, layers: Sequence[str]) -> Encode:
     """Return `source.load(device, layers)` with BatchNorm statistics of these views.
 
-    Args:
-        source: any encoder; raw pixels have no statistics and read no view.
-        views: at least one batch, uint8 (b, 3, s, s), all of about the same size.
+    There is at least one batch, uint8 (b, 3, s, s), all of about the same size. Raw pixels read no view.
     """
     if not isinstance(source, NetworkEncoder):
         return source.load(device, layers)
@@ -46,11 +44,8 @@ def load_maps(
 ) -> EncodeMaps:
     """Return the function from uint8 images (b, 3, s, s) on the device to maps (b, d, h, w) by layer.
 
-    The map of raw pixels is the image, in -0.5 .. 0.5.
-
-    Args:
-        layers: see `raysl.extraction.layers.frozen_maps`.
-        views: batches of uint8 images that BatchNorm takes its statistics from; None keeps those of training.
+    The map of raw pixels is the image, in -0.5 .. 0.5. BatchNorm takes its statistics from `views`, or keeps those of
+    training. For `layers` see `raysl.extraction.layers.frozen_maps`.
     """
     if not isinstance(source, NetworkEncoder):
         return lambda images_bchw: {POOLED: images_bchw.float() / 255 - 0.5}
@@ -62,17 +57,11 @@ def load_maps(
 
 @dataclass(frozen=True)
 class Reestimated:
-    """An encoder with BatchNorm statistics of a random sample of a data set.
-
-    Args:
-        source: the encoder.
-        images: the data set; its labels are not used.
-        image_size: side of the evaluation view in pixels.
-    """
+    """An encoder with BatchNorm statistics of a random sample of a data set, whose labels are not used."""
 
     source: Encoder
     images: DataSet
-    image_size: int
+    image_size: int  # side of the evaluation view in pixels
 
     @property
     def name(self) -> str:

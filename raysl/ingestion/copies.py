@@ -27,22 +27,17 @@ State = Literal["current", "superseded", "source not found", "not known"]
 
 @dataclass(frozen=True)
 class Copy:
-    """A folder of the cache that raysl made of a source.
-
-    Args:
-        num_images: 0 if its ingest has not finished.
-        num_bytes: size of the shards, 0 likewise.
-        used_s: when its images were read last, in seconds since 1970, as the disk knows it: most update the time once a
-            day, and some never. 0 if it is not known.
-        state: "current" if the source is as it was; "superseded" if it has changed since, or if a removal was
-            interrupted; "not known" for a copy of an older version, which does not tell.
-    """
+    """A folder of the cache that raysl made of a source."""
 
     folder: Folder
     source: str
-    num_images: int
-    num_bytes: int
+    num_images: int  # 0 if its ingest has not finished
+    num_bytes: int  # size of the shards, 0 likewise
+    # When its images were read last, in seconds since 1970, as the disk knows it: most update the time once a day, and
+    # some never. 0 if it is not known.
     used_s: float
+    # "superseded" if the source has changed since, or if a removal was interrupted; "not known" for a copy of an older
+    # version, which does not tell.
     state: State
 
 

@@ -70,9 +70,8 @@ def ranges_of(tally: Tally, config: DecodeConfig) -> dict[str, tuple[float, floa
 def stored(row: Row, config: DecodeConfig, ranges: Ranges, tally: Tally) -> Iterator[Row]:
     """Yield what a data set stores for an image file: one row, or one for each page or frame.
 
-    Args:
-        ranges: see `ranges_of`; a kind that is not there is scaled by each image alone, for the time being.
-        tally: the images that were changed are added.
+    Images that are changed are added to `tally`. A kind that is not in `ranges`, see `ranges_of`, is scaled by each
+    image alone, for the time being.
     """
     if row.image is None:
         yield row

@@ -90,8 +90,7 @@ def files_below(
         follow_links: follow links that lead out of the folder.
         base: folder inside `uri` to start at; paths still begin at `uri`.
 
-    Raises:
-        UserError: a folder may not be read, or a link leads out of the source.
+    Raises UserError if a folder may not be read, or a link leads out of the source.
     """
     left_out = LeftOut() if left_out is None else left_out
     root, prefix = Folder(uri).uri, join(base, "")

@@ -22,9 +22,7 @@ _TINY = "val_annotations.txt"
 def apply(read: Callable[[str], bytes], survey: Survey, layout: Layout, wanted: str) -> None:
     """Take the labels of a layout from a table, if there is one that has them.
 
-    Args:
-        read: returns the content of a file of the source.
-        wanted: the column of labels that the user named; "" to guess.
+    `read` returns the content of a file of the source; `wanted` is the column that the user named, "" to guess.
     """
     for folder in dict.fromkeys((layout.base, "")):
         for name in LABEL_TABLES:

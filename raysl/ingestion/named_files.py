@@ -40,11 +40,7 @@ def file_states(folder: str, names: list[str]) -> list[File]:
 
 
 def read_named(spec: Mapping[str, Any], name: str | None, label: str | None) -> Row:
-    """Read an image that a table names; its place is that of the table.
-
-    Args:
-        spec: with the folder of the table in "root", its file in "path", and "follow_links".
-    """
+    """Read an image that a table names; `spec` has the table's folder in "root", its file in "path", "follow_links"."""
     if not name:
         return Row(None, label, spec["path"], "the table names no file in this row")
     if len(name) > _LONGEST_NAME or (len(name) > 64 and name.startswith(_BASE64)):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raysl.errors import UserError, counted
+from raysl.errors import UserError, counted, explained
 from raysl.ingestion import in_memory, png, tables
 from raysl.ingestion.found import names_checked, printable
 from raysl.ingestion.pixel_files import is_pixels
@@ -39,15 +39,10 @@ _FILES = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 @dataclass
 class Rows:
-    """The rows of an object, not yet read.
+    """The rows of an object, not yet read."""
 
-    Args:
-        name: names the object for the user, as "a list of 12 files".
-        tables: the rows, some at a time; equal for equal objects.
-    """
-
-    name: str
-    tables: Iterable[pa.Table]
+    name: str  # names the object for the user, as "a list of 12 files"
+    tables: Iterable[pa.Table]  # the rows, some at a time; equal for equal objects
 
     @staticmethod
     def of(source: Any, given: Any, config: ReadConfig) -> Rows:
@@ -79,8 +74,7 @@ class Rows:
     def opened(self, dest: Folder, config: ReadConfig) -> Opened:
         """Write the rows into the destination of an ingest, and open them as a source; its files may lie anywhere.
 
-        Raises:
-            UserError: there are no rows, or one of them holds no image.
+        Raises UserError if there are no rows, or one of them holds no image.
         """
         state, writer = _Hashing(), None
         try:
@@ -227,14 +221,10 @@ def _of_frame(frame: Any, name: str, config: ReadConfig) -> Iterator[pa.Table]:
 
 
 def _of_series(values: Any, first: Any, subject: str) -> pa.Array:
-    try:
+    with explained(f"{subject} cannot be read", "Leave it out, or make its values alike.", pa.ArrowException):
         if isinstance(first, str | os.PathLike):
             values = values.map(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
         return pa.Array.from_pandas(values)
-    except pa.ArrowException as error:
-        raise UserError(
-            f"{subject} cannot be read: {error}. Leave it out, or make its values alike."
-        ) from None
 
 
 def _absolute(name: str | None) -> str | None:
@@ -253,8 +243,7 @@ def _known(value: Any) -> Any:
 def _of_files(items: list[in_memory.Item], name: str, classes: list[str]) -> Iterator[pa.Table]:
     """Return the files of a list as tables; their labels are numbers of `classes` if there are any.
 
-    Raises:
-        UserError: some items are no files, or some files are not there.
+    Raises UserError if some items are no files, or some files are not there.
     """
     for number, (path, *_) in enumerate(items):
         if not isinstance(path, str | os.PathLike):

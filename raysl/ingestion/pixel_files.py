@@ -75,11 +75,7 @@ def image_of(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def encode(image: Image.Image, small: bool = False) -> bytes:
-    """Return an upright image as a file of a format that keeps its mode, or else its colors.
-
-    Args:
-        small: compress it, which takes longer.
-    """
+    """Return an upright image as a file that keeps its mode, or else its colors; a `small` one takes longer."""
     image = ImageOps.exif_transpose(image)
     if small and image.mode in ("L", "RGB"):
         pixels = np.asarray(image)

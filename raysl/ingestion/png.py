@@ -18,11 +18,7 @@ _GRAY, _RGB = 0, 2
 
 
 def encode(images_bhwc: NDArray[np.uint8]) -> list[bytes]:
-    """Return one PNG file for each image.
-
-    Args:
-        images_bhwc: uint8 (b, h, w, c); c = 1 is written as gray, c = 3 as RGB.
-    """
+    """Return one PNG file for each image, uint8 (b, h, w, c); c = 1 is written as gray, c = 3 as RGB."""
     b, h, w, c = images_bhwc.shape
     color = {1: _GRAY, 3: _RGB}[c]
     filtered = np.empty((b, h, 1 + w * c), np.uint8)

@@ -177,7 +177,8 @@ def _checksum(dest: Folder, name: str) -> int:
 def move(dest: Folder, written: Written, base: int) -> Written:
     """Rewrite the index column of a shard so that it starts at `base`."""
     name = f"{SHARDS}/{_file(written.unit)}"
-    try:
+    what, remedy = f"The shard {dest}/{name} is damaged", f"Delete {dest} and ingest again."
+    with explained(what, remedy, pa.ArrowException, FileNotFoundError):
         with dest.open(name) as old, pq.ParquetFile(old, page_checksum_verification=True) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             if sizes != list(written.row_groups):
@@ -191,7 +192,4 @@ def move(dest: Folder, written: Written, base: int) -> Written:
                     first += num_images
                 writer.close()
                 num_bytes = int(stream.tell())
-    except (pa.ArrowException, FileNotFoundError) as error:
-        damage = f"The shard {dest}/{name} is damaged: {error}"
-        raise UserError(f"{damage}. Delete {dest} and ingest again.") from error
     return replace(written, base=base, num_bytes=num_bytes, checksum=_checksum(dest, name))

@@ -51,14 +51,8 @@ def relabelled(
 ) -> DataSet:
     """Copy chosen images under new indices, 0 to k - 1, and with the given labels. They pass through memory.
 
-    Args:
-        chosen_k: int64 (k,), indices in the data set, in their new order.
-        labels_k: int64 (k,), numbers of `classes`; None for no labels.
-        folder: place of the new data set; if it is there already, it is opened.
-        source: description for people.
-
-    Raises:
-        UserError: another data set lies in the folder, or it cannot be written.
+    Labels are numbers of `classes`, or None for none. `source` is a description for people. If the new data set is in
+    the folder already, it is opened. Raises UserError if another one lies there, or it cannot be written.
     """
     digest = hashlib.blake2b(f"{dataset.manifest.fingerprint} {list(classes)}".encode(), digest_size=32)
     digest.update(chosen_k.tobytes())

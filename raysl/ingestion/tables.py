@@ -21,7 +21,7 @@ import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.ingestion.found import printable
 from raysl.storage import Folder
 
@@ -46,17 +46,12 @@ _BATCH_BYTES, _USUAL_BYTES = 4 << 30, 64 << 20
 
 @dataclass(frozen=True)
 class Table:
-    """An opened table.
-
-    Args:
-        groups: the rows, also those that are not read, and bytes of each group of rows.
-        only: a column and the value, as text, of the rows that are read; None for all rows.
-    """
+    """An opened table."""
 
     schema: pa.Schema
-    groups: list[tuple[int, int]]
+    groups: list[tuple[int, int]]  # the rows, also those that are not read, and bytes of each group of rows
     _file: Any
-    only: tuple[str, str] | None = None
+    only: tuple[str, str] | None = None  # a column and the value, as text, of the rows that are read
 
     def read(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns of a group, a few rows at a time."""
@@ -117,14 +112,12 @@ class Table:
 
 @contextmanager
 def opened(root: str, path: str, only: tuple[str, str] | None = None) -> Iterator[Table]:
-    """Open a table; for `only` see `Table`.
-
-    Raises:
-        UserError: the table is damaged, or claims to hold more than any memory.
-    """
+    """Open a table; for `only` see `Table`. Raises UserError if it is damaged, or claims more than any memory."""
     place = f"{root}/{path}".rstrip("/")
     name = place.lower()
-    try:
+    what = f"Cannot read the {'Parquet file' if name.endswith('.parquet') else 'table'} {printable(place)!r}"
+    remedy = "Download or copy it again, then run the same command."
+    with explained(what, remedy, pa.ArrowException, OSError, OverflowError, UnicodeDecodeError):
         with Folder(root).open(path) as stream:
             if name.endswith(TEXT):
                 text = read_table(stream.read(), place)
@@ -133,12 +126,6 @@ def opened(root: str, path: str, only: tuple[str, str] | None = None) -> Iterato
                 table = _arrow(stream) if name.endswith((".arrow", ".feather")) else _parquet(stream, place)
             _check_names(table.schema.names, place)
             yield replace(table, schema=without_views(table.schema), only=only)
-    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
-        kind = "Parquet file" if name.endswith(".parquet") else "table"
-        raise UserError(
-            f"Cannot read the {kind} {printable(place)!r}: {error}. Download or copy it again, then run the same "
-            "command."
-        ) from error
 
 
 def as_texts(values: pa.Array) -> pa.Array:
@@ -179,14 +166,12 @@ def normal(name: str) -> str:
 
 def read_table(data: bytes, path: str) -> pa.Table:
     """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet."""
-    try:
+    what, remedy = f"Cannot read the table {printable(path)!r}", "Correct it or remove it."
+    with explained(what, remedy, pa.ArrowException, OSError, UnicodeDecodeError):
         table = _read_table(data, path.lower())
         table.validate(full=True)  # As in Table.read.
         _check_names(table.column_names, path)
         return table.cast(without_views(table.schema))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        why = f"Cannot read the table {printable(path)!r}: {error}"
-        raise UserError(f"{why}. Correct it or remove it.") from error
 
 
 def _read_table(data: bytes, name: str) -> pa.Table:

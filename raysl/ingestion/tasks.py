@@ -22,10 +22,8 @@ Work = Callable[[int], tuple[int, int]]
 def run(numbers: list[int], work: Work, cpus_per_task: float, lock: DriverLock) -> Iterator[tuple[int, int]]:
     """Return (images, bad) of the work for every number: an iterator that goes on as each task of Ray Data ends.
 
-    On a machine that needs no Ray, this process does the work of a few numbers.
-
-    Raises:
-        UserError: a task failed, or another process has taken over.
+    On a machine that needs no Ray, this process does the work of a few numbers. Raises UserError if a task failed, or
+    another process has taken over.
     """
     if len(numbers) <= _MOST_HERE and not this_machine.needs_ray():
         return _checked((_done(work, number) for number in numbers), lock)

@@ -44,9 +44,7 @@ def sampled(config: ReadConfig) -> tuple[dict[str, Any], list[float]]:
 def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None = None) -> Iterator[Row]:
     """Yield the clips of a video, and a row with the reason for a part that cannot be read.
 
-    Args:
-        row: the video, with the bytes of its file as `image`.
-        open_file: opens the file for reading, seekable, in place of the bytes in the row.
+    The bytes of the file are the image of the row, or `open_file` opens it for reading, seekable.
     """
     if open_file is None:
         if row.image is None:

@@ -52,9 +52,8 @@ class ExportConfig(CheckedTop):
 def export(run: Run, config: ExportConfig) -> Folder:
     """Write the weights and the model card, and return their folder.
 
-    Raises:
-        UserError: the checkpoint does not exist, the format does not support the backbone, a package is missing, or
-            the folder holds other weights.
+    Raises UserError if the checkpoint does not exist, the format does not support the backbone, a package is missing,
+    or the folder holds other weights.
     """
     where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
     pretraining = run.config()

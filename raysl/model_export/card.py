@@ -137,11 +137,9 @@ def _without(backbone: Backbone, config: Pretraining) -> str:
 
 
 def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: DataSet | None = None) -> str:
-    """Return the card of the weights of a step.
+    """Return the card of the weights of a step in a format.
 
-    Args:
-        form: format of the weights.
-        bn_images: the data set that `raysl.extraction.Reestimated` was given; None for the statistics of pretraining.
+    `bn_images` is the data set that `raysl.extraction.Reestimated` was given; None for the statistics of pretraining.
     """
     config, data = run.config(), run.metadata()["data"]
     # The last identity has replaced the head.
@@ -172,7 +170,6 @@ def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: Da
 
 
 def _statistics(backbone: Backbone, images: DataSet | None) -> str:
-    """Return where BatchNorm has its statistics from."""
     if not norm.with_statistics(backbone):
         return "none in this network"
     if images is None or images.num_images < 2:

@@ -44,6 +44,9 @@ KEPT: Final = "kept"
 REESTIMATED: Final = "reestimated"
 # Test classes are unbalanced when the largest has more than this many times the images of the smallest.
 _UNBALANCED = 2
+# Features that take a larger share of the GPU's memory, in which scores and gradients need room too, stay in the memory
+# of the host. Tiles of an eighth of this share are sent whenever they are needed. Results differ by rounding only.
+_SHARE = 0.5
 
 
 class Settings(Checked):
@@ -58,58 +61,36 @@ class Settings(Checked):
 
 @dataclass(frozen=True)
 class Labelled:
-    """The features and the labels of a data set.
+    """The features and the labels of a data set."""
 
-    Args:
-        features_nd: float32 (n, d), in index order.
-        labels_n: int64 (n,), >= 0. If an image can show several classes: int64 (n, c), 1 for a class that the image
-            shows, 0 for a class that it does not show, -1 for a class that is not judged ("difficult" in PASCAL VOC).
-        fingerprint: fingerprint of the data set; empty if it has none.
-    """
-
-    features_nd: NDArray[np.float32]
+    features_nd: NDArray[np.float32]  # float32 (n, d), in index order
+    # int64 (n,), >= 0. If an image can show several classes: int64 (n, c), 1 for a class that the image shows, 0 for a
+    # class that it does not show, -1 for a class that is not judged ("difficult" in PASCAL VOC).
     labels_n: NDArray[np.int64]
-    fingerprint: str = ""
+    fingerprint: str = ""  # fingerprint of the data set; empty if it has none
 
 
 @dataclass(frozen=True)
 class Row:
-    """One result of a probe.
+    """One result of a probe."""
 
-    Args:
-        name: name of the measure, such as "top1".
-        value: finite; shares are in 0 .. 1.
-        layer: the layer it belongs to; empty for the layer whose features the probe received.
-    """
-
-    name: str
-    value: float
-    layer: str = ""
+    name: str  # name of the measure, such as "top1"
+    value: float  # finite; shares are in 0 .. 1
+    layer: str = ""  # the layer it belongs to; empty for the layer whose features the probe received
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The input of an `EncoderProbe`. Small and picklable. Ray runs.
+    """The input of an `EncoderProbe`. Small and picklable. Ray runs."""
 
-    Args:
-        encoder: turns images into features; a `raysl.extraction.NetworkEncoder` can also be trained.
-        layers: the requested layers.
-        image_size: side of the evaluation view in pixels.
-        train: images to learn from.
-        test: images to score.
-        seed: seed of the run, for all random choices of the probe.
-        folder: folder for files that a report reads; each encoder, data set and protocol has its own.
-        bn_statistics: "kept" or "reestimated"; see `raysl.evaluation.options.ProbeConfig`.
-    """
-
-    encoder: Encoder
-    layers: tuple[str, ...]
-    image_size: int
-    train: DataSet
-    test: DataSet
-    seed: int
-    folder: Folder
-    bn_statistics: str = KEPT
+    encoder: Encoder  # turns images into features; a `raysl.extraction.NetworkEncoder` can also be trained
+    layers: tuple[str, ...]  # the requested layers
+    image_size: int  # side of the evaluation view in pixels
+    train: DataSet  # images to learn from
+    test: DataSet  # images to score
+    seed: int  # seed of the run, for all random choices of the probe
+    folder: Folder  # folder for files that a report reads; each encoder, data set and protocol has its own
+    bn_statistics: str = KEPT  # "kept" or "reestimated"; see `raysl.evaluation.options.ProbeConfig`
 
 
 @runtime_checkable
@@ -128,11 +109,7 @@ class LabelledProbe(Protocol):
     dims: int
 
     def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
-        """Learn from `train` and score on `test`. A class that only `test` has is never predicted.
-
-        Raises:
-            UserError: the features or the labels do not suit the probe; see `check`.
-        """
+        """Learn from `train` and score on `test`; only classes of `train` are predicted. Raises as `check`."""
         ...
 
 
@@ -144,11 +121,7 @@ class FeatureProbe(Protocol):
     dims: int
 
     def measure(self, features_nd: NDArray[np.float32]) -> Iterator[Row]:
-        """Measure the features of the test images, float32 (n, d).
-
-        Raises:
-            UserError: the features do not suit the probe; see `check_features`.
-        """
+        """Measure the features of the test images, float32 (n, d). Raises UserError as `check_features`."""
         ...
 
 
@@ -159,11 +132,7 @@ class EncoderProbe(Protocol):
     primary_metric: str
 
     def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield rows, each with its layer.
-
-        Raises:
-            UserError: the encoder or the images do not suit the probe.
-        """
+        """Yield rows, each with its layer. Raises UserError if the encoder or the images do not suit the probe."""
         ...
 
 
@@ -201,11 +170,7 @@ def finding(name: str, layer: str, values: Mapping[str, float]) -> str:
 
 
 def required(name: str) -> list[str]:
-    """Return the flags of a probe that have no usable default (an empty string), such as a folder.
-
-    Raises:
-        UserError: there is no probe of that name.
-    """
+    """Return the flags of a probe that have no usable default, such as a folder. Raises UserError as `load`."""
     config = config_type(name)()
     unset = [field.name for field in fields(config) if getattr(config, field.name) == ""]
     return [f"--{name}.{field}".replace("_", "-") for field in unset]
@@ -241,10 +206,8 @@ def same_images(train: Labelled, test: Labelled) -> bool:
 def common_labels(train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the labels of both sets, int64 (n,), numbered as in the train set; classes are matched by name.
 
-    A class that only the test set has gets a number above the numbers of the train set.
-
-    Raises:
-        UserError: a set has no labels, or the sets have no class in common.
+    A class that only the test set has gets a number above the numbers of the train set. Raises UserError if a set has
+    no labels, or the sets have no class in common.
     """
     train_n, test_n = train.labels(), test.labels()
     numbers = {name: number for number, name in enumerate(train.manifest.classes)}
@@ -261,14 +224,8 @@ def common_labels(train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDA
 def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, learns: bool = False) -> None:
     """Check the input of a probe with labels.
 
-    Args:
-        name: name of the probe, for messages.
-        several: the probe accepts images that show several classes.
-        learns: the probe learns from the train set, and so refuses to be scored on it.
-
-    Raises:
-        UserError: a set is empty, features are not finite, the train set shows one class, images show several classes
-            and the probe does not accept them, or the sets are the same and the probe learns.
+    Raises UserError if a set is empty, features are not finite, the train set shows one class, images show `several`
+    classes and the probe does not accept them, or the sets are the same and the probe `learns`.
     """
     for kind, data in (("train", train), ("test", test)):
         check_features(data.features_nd, kind)
@@ -296,12 +253,7 @@ def check_labels(name: str, train_labels_n: NDArray[np.int64], *, same: bool) ->
 
 
 def check_features(features_nd: NDArray[np.float32], kind: str) -> None:
-    """Raise UserError if there are no features, or if they are not finite.
-
-    Args:
-        features_nd: float32 (n, d).
-        kind: "train" or "test", for messages.
-    """
+    """Raise UserError if there are no features, or if they are not finite; `kind` is "train" or "test"."""
     if not len(features_nd):
         raise UserError(f"The {kind} set of the probe has no images. Give a data set that has images.")
     if not np.isfinite(features_nd).all():
@@ -314,13 +266,9 @@ def check_features(features_nd: NDArray[np.float32], kind: str) -> None:
 def sample_each_class(
     order_n: NDArray[np.int64], labels_n: NDArray[np.int64], count_of: Callable[[int], int]
 ) -> NDArray[np.int64]:
-    """Return some images of each class: int64, sorted indices.
+    """Return sorted indices of the first images of each class in a random order.
 
-    Args:
-        order_n: int64 (n,), a random order of the images; the first of each class are taken.
-        labels_n: int64 (n,).
-        count_of: returns the number of images to take of a class, from the number that it has. A smaller number takes
-            a subset of the images of a larger one.
+    `count_of` returns how many are taken of a class, from the number that it has; fewer are a subset of more.
     """
     taken = []
     for c in np.unique(labels_n):
@@ -340,13 +288,8 @@ def multi_hot(labels_n: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
 def accuracy_rows(rank_n: Tensor, labels_n: Tensor, classes: int, suffix: str = "") -> Iterator[Row]:
     """Yield top-1, top-5 if there are more than five classes, and the balanced accuracy of unbalanced test sets.
 
-    The balanced accuracy is the mean over the classes of the test set of the top-1 of their images.
-
-    Args:
-        rank_n: see `rank`.
-        labels_n: int64 (n,), labels of the test set.
-        classes: number of classes in the train set.
-        suffix: appended to the names of the rows.
+    The balanced accuracy is the mean over the classes of the test set of the top-1 of their images. For `rank_n` see
+    `rank`; `labels_n` is of the test set, and `classes` is the number of those in the train set.
     """
     rank_n, labels_n = rank_n.cpu(), labels_n.cpu()
     for k in (1, 5) if classes > 5 else (1,):
@@ -373,3 +316,25 @@ def rank(scores_nc: Tensor, labels_n: Tensor) -> Tensor:
     ahead_nc = (scores_nc > right_n1) | ((scores_nc == right_n1) & before)
     possible_n = (labels_n < classes) & (right_n1[:, 0] > -torch.inf)
     return torch.where(possible_n, ahead_nc.sum(1), classes)
+
+
+def tile_rows(features_nd: NDArray[np.float32], device: torch.device) -> int:
+    """Return how many rows of features lie on a device at a time: all if they fit, and on the CPU; at least 1."""
+    if device.type == "cpu":
+        return len(features_nd)
+    allowed_bytes = _SHARE * torch.cuda.mem_get_info(device)[1]
+    if features_nd.nbytes <= allowed_bytes:
+        return len(features_nd)
+    return max(1, int(allowed_bytes / 8 / features_nd[0].nbytes))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Send features to a device in tiles of rows."""
+
+    device: torch.device
+    rows: int
+
+    def __call__(self, features_nd: Tensor) -> Iterator[Tensor]:
+        """Yield tiles (rows, d) on the device; no copies of what is there already."""
+        return (tile_nd.to(self.device) for tile_nd in torch.split(features_nd, self.rows))

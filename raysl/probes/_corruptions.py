@@ -24,14 +24,7 @@ SEVERITIES = 5
 
 
 def corrupt(name: str, images_bchw: Tensor, severity: int, image_rng: ImageRng) -> Tensor:
-    """Return corrupted images, uint8 (b, 3, s, s).
-
-    Args:
-        name: a name in `CORRUPTIONS`.
-        images_bchw: uint8 (b, 3, s, s).
-        severity: 1 to 5.
-        image_rng: random numbers of the b images.
-    """
+    """Return images, uint8 (b, 3, s, s), after a corruption of `CORRUPTIONS` at a severity of 1 to 5."""
     change, strengths = CORRUPTIONS[name]
     return change(images_bchw, strengths[severity - 1], image_rng.named(f"{name}/{severity}"))
 
@@ -92,7 +85,6 @@ def _jpeg(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
 
 
 def _each(images_bchw: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Return the images after a function of Pillow."""
     made = [
         np.array(change(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())))
         for image in images_bchw

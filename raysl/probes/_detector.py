@@ -45,8 +45,7 @@ class PyramidBackbone(nn.Module):
         backbone: trained further.
         width: channels of every level, a multiple of 32.
 
-    Raises:
-        UserError: the backbone has no maps, or takes images of one size only.
+    Raises UserError if the backbone has no maps, or takes images of one size only.
     """
 
     def __init__(self, backbone: Backbone, width: int) -> None:
@@ -83,10 +82,7 @@ def build(backbone: Backbone, classes: int, sides: tuple[int, ...], width: int) 
 
     Args:
         sides: lengths of the shorter side of an image in pixels: random in training, the last one in evaluation.
-        width: see `PyramidBackbone`; the box head has four times as many channels.
-
-    Raises:
-        UserError: see `PyramidBackbone`.
+        width: see `PyramidBackbone`, also for errors; the box head has four times as many channels.
     """
     pyramid = PyramidBackbone(backbone, width)
     levels = len(pyramid.names) + 1
@@ -106,11 +102,7 @@ def build(backbone: Backbone, classes: int, sides: tuple[int, ...], width: int) 
 
 
 def stages(backbone: Backbone) -> dict[str, int]:
-    """Return the names of the modules of a backbone that make its maps, the finest first, and their channels.
-
-    Raises:
-        UserError: the backbone makes no maps.
-    """
+    """Return the modules that make the maps of a backbone, the finest first, with channels; UserError if none does."""
     body = backbone.body.eval()
     candidates = list(_candidates(body))
     what = "The probe detection needs a backbone that takes images of many sizes, and this one does not"

@@ -78,9 +78,8 @@ class Tuned(nn.Module):
 def labels_of(name: str, train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the labels of both sets, numbered as in the train set.
 
-    Raises:
-        UserError: a set has no images or no labels, the sets are the same, they have no class in common, or the train
-            set shows one class.
+    Raises UserError if a set has no images or no labels, the sets are the same, they have no class in common, or the
+    train set shows one class.
     """
     for kind, data in (("train", train), ("test", test)):
         if not data.num_images:
@@ -102,13 +101,11 @@ def measure(
     """Train on some of the train images and return accuracies and the mean training loss of the last epoch.
 
     Args:
-        name: name of the probe, for messages.
         chosen_n: indices of the images to learn from.
         labels: labels of all train and all test images; see `labels_of`.
         suffix: appended to the names of the rows.
 
-    Raises:
-        UserError: training has diverged, or an image is damaged.
+    Raises UserError if training has diverged, or an image is damaged.
     """
     assert isinstance(subject.encoder, NetworkEncoder)
     train_n, test_n = labels
@@ -145,11 +142,7 @@ def train(
     labels_n: NDArray[np.int64],
     threads: ThreadPoolExecutor,
 ) -> list[float]:
-    """Train a network in place and return the mean loss of every epoch.
-
-    Args:
-        network: maps uint8 images to logits; its parts are `backbone` and `head`.
-    """
+    """Train a network of the parts `backbone` and `head` in place and return the mean loss of every epoch."""
     images = subject.train.read(indices_n, ("image",)).column("image").to_pylist()
     solvers = [
         (optim.build(config.optim, network.get_submodule("backbone")), 1.0),

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysl import extraction, rng
+from raysl import rng
 from raysl.backbone import norm
 from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
 from raysl.dataset.clips import Clips
 from raysl.errors import UserError
-from raysl.extraction import Encode, EncodeMaps
+from raysl.extraction import Encode, EncodeMaps, reestimated
 from raysl.probes import REESTIMATED, Subject
 from raysl.probes._ridge import HELD_OUT
 from raysl.ray_cluster.gpus import device
@@ -29,21 +29,20 @@ def load(subject: Subject, views: Iterable[Tensor], specs: Sequence[str] | None 
     """Return the function from images to features of a subject.
 
     Args:
-        subject: the encoder, its layers and where BatchNorm takes its statistics from.
-        views: batches of the images whose statistics these are; see `sample`.
+        views: batches of the images from which BatchNorm takes its statistics; see `sample`.
         specs: layers or grids; None for the layers of the subject.
     """
     specs = subject.layers if specs is None else specs
     seen = mixed(views) if subject.bn_statistics == REESTIMATED else []
     if not seen:
         return subject.encoder.load(device(), specs)
-    return extraction.load_reestimated(subject.encoder, seen, device(), list(specs))
+    return reestimated.load(subject.encoder, seen, device(), list(specs))
 
 
 def load_maps(subject: Subject, views: Iterable[Tensor]) -> EncodeMaps:
     """Return the function from images to maps of the layers of a subject; see `load`."""
     seen = mixed(views) if subject.bn_statistics == REESTIMATED else []
-    return extraction.load_maps(subject.encoder, device(), subject.layers, seen or None)
+    return reestimated.load_maps(subject.encoder, device(), subject.layers, seen or None)
 
 
 def sample(count: int, each: int = 1) -> NDArray[np.int64]:
@@ -69,8 +68,7 @@ def features(
 ) -> dict[str, NDArray[np.float32]]:
     """Return the features of all images by layer or grid, float32 (n, d), of batches uint8 (b, 3, s, s).
 
-    Args:
-        reduced: function of the features of a batch.
+    `reduced` is applied to the features of each batch.
     """
     made: dict[str, list[Tensor]] = {}
     for images_bchw in views:
@@ -86,9 +84,7 @@ def cell_offset(backbone: Backbone, size: int) -> float:
     Strided convolutions with odd kernels and padding look at the corner: in a ResNet, place i of a map with stride s
     sees the surroundings of pixel s * i. A patch embedding looks at the middle. The gradient of the middle row says it.
 
-    Args:
-        backbone: in eval mode.
-        size: side of the images in pixels.
+    The backbone is in eval mode, for images of `size` pixels.
     """
     device = backbone.mean.device
     noise_bchw = 255 * torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -110,12 +106,7 @@ def batches(count: int) -> Iterator[slice]:
 def each_clip(
     data: DataSet, columns: Sequence[str], chosen_n: NDArray[np.int64] | None = None
 ) -> Iterator[tuple[int, Clips, int]]:
-    """Yield the clips of a data set: index, some clips in memory, and the row among them.
-
-    Args:
-        columns: columns to read; see `raysl.dataset.clips`.
-        chosen_n: int64 (n,), indices of the clips; None for all.
-    """
+    """Yield chosen clips of a data set, or all: index, some clips in memory, and the row among them."""
     indices_n = np.arange(data.num_images, dtype=np.int64) if chosen_n is None else chosen_n
     for first in range(0, len(indices_n), _PART_CLIPS):
         some_n = indices_n[first : first + _PART_CLIPS]

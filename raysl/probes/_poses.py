@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from raysl.dataset import DataSet
-from raysl.errors import UserError, install
+from raysl.errors import UserError, package
 from raysl.probes._images import each_clip, seen_points, spaced
 from raysl.storage import Folder
 from raysl.stream import decode
@@ -45,19 +45,13 @@ _MPII = (
 
 @dataclass(frozen=True)
 class Figure:
-    """One person, animal or object with its key points.
+    """One person, animal or object with its key points."""
 
-    Args:
-        image: name of the image, relative to the folder of images, or the encoded image.
-        square: left, top and side in pixels of the square it is seen in; None for the whole image.
-        points_k2: float32 (k, 2), x and y in pixels; NaN if a point is not annotated.
-        length: the length in pixels that distances are compared with.
-    """
-
-    image: str | bytes
+    image: str | bytes  # name of the image, relative to the folder of images, or the encoded image
+    # Left, top and side in pixels of the square it is seen in; None for the whole image.
     square: tuple[float, float, float] | None
-    points_k2: NDArray[np.float32]
-    length: float
+    points_k2: NDArray[np.float32]  # float32 (k, 2), x and y in pixels; NaN if a point is not annotated
+    length: float  # the length in pixels that distances are compared with
 
 
 @dataclass(frozen=True)
@@ -75,8 +69,7 @@ def read(folder: Folder, file: str, reference: str) -> Figures:
         reference: "box" for the longer side of the box (without one, of the annotated points), or "head" for MPII's
             length of the head.
 
-    Raises:
-        UserError: the file is missing, malformed or of no known format, or it has no figure or no such reference.
+    Raises UserError if the file is missing, malformed or of no known format, or it has no figure or no such reference.
     """
     try:
         data = folder.read(file)
@@ -101,12 +94,9 @@ def read(folder: Folder, file: str, reference: str) -> Figures:
 
 
 def of_clips(data: DataSet, frames: int) -> Figures:
-    """Return the figures of a data set of clips with key points, in whole frames.
+    """Return the figures of a data set of clips with key points, in some whole frames, evenly spaced in time.
 
     The length is the longer side of the box of the key points that are seen.
-
-    Args:
-        frames: number of frames of each clip, evenly spaced in time.
     """
     figures = []
     for _, clips, row in each_clip(data, ("frames", "times", "keypoints")):
@@ -167,10 +157,7 @@ def _hrnet(held: list[dict[str, Any]]) -> tuple[Sequence[str], Iterator[Figure]]
 
 
 def _mat(data: bytes, reference: str) -> tuple[Sequence[str], Iterator[Figure]]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise UserError(f"MPII's .mat needs scipy, which is not installed. {install('report')}") from error
+    loadmat = package("scipy.io", "MPII's .mat", "report").loadmat
     release = loadmat(io.BytesIO(data), struct_as_record=False, squeeze_me=True)["RELEASE"]
 
     def figures() -> Iterator[Figure]:
@@ -217,19 +204,13 @@ def _square(x: float, y: float, longest: float) -> tuple[float, float, float]:
 
 
 def views(figures: Sequence[Figure], images: Folder | None, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return figures as the probe sees them.
-
-    Args:
-        figures: b figures.
-        images: folder of their images, if they have names.
-        size: side of the view in pixels.
+    """Return b figures as the probe sees them, in views of `size` pixels; `images` is the folder of those with names.
 
     Returns:
         uint8 (b, 3, size, size); the key points as shares of the view, float (b, k, 2), NaN where not annotated; and
         the length of each figure as a share of the view, float (b,).
 
-    Raises:
-        UserError: an image is missing or damaged.
+    Raises UserError if an image is missing or damaged.
     """
     seen, points, lengths = [], [], []
     for one in figures:

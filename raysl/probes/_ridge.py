@@ -32,11 +32,7 @@ class Readout:
 
 
 class Moments:
-    """Sums over rows of features (d) and targets (k), in float64: all that a ridge regression needs.
-
-    Args:
-        device: where the sums are kept.
-    """
+    """Sums over rows of features (d) and targets (k), in float64: all that a ridge regression needs."""
 
     def __init__(self, d: int, k: int, device: torch.device | str = "cpu") -> None:
         self.rows = 0
@@ -55,7 +51,6 @@ class Moments:
         self.squares_k += targets_nk.double().square().sum(0)
 
     def __add__(self, other: Moments) -> Moments:
-        """Return the sums over the rows of both."""
         made = Moments(len(self.features_dd) - 1, len(self.squares_k), self.squares_k.device)
         made.rows = self.rows + other.rows
         made.features_dd = self.features_dd + other.features_dd

@@ -78,45 +78,30 @@ class VocSettings(Settings):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and its boxes.
+    """An image and its boxes."""
 
-    Args:
-        name: name in the split.
-        image: the encoded file.
-        size: height and width in pixels.
-        boxes_n4: float32 (n, 4): left, top, right, bottom in pixels, inside the image, with an area above 0.
-        classes: names of the classes of the n boxes.
-        difficult_n: bool (n,): boxes that are not judged.
-        dropped: number of boxes that had no area inside the image.
-        clipped: number of boxes that reached out of the image by more than a pixel.
-    """
-
-    name: str
-    image: bytes
-    size: tuple[int, int]
+    name: str  # name in the split
+    image: bytes  # the encoded file
+    size: tuple[int, int]  # height and width in pixels
+    # float32 (n, 4): left, top, right, bottom in pixels, inside the image, with an area above 0.
     boxes_n4: NDArray[np.float32]
-    classes: tuple[str, ...]
-    difficult_n: NDArray[np.bool_]
-    dropped: int = 0
-    clipped: int = 0
+    classes: tuple[str, ...]  # names of the classes of the n boxes
+    difficult_n: NDArray[np.bool_]  # bool (n,): boxes that are not judged
+    dropped: int = 0  # number of boxes that had no area inside the image
+    clipped: int = 0  # number of boxes that reached out of the image by more than a pixel
 
 
 def read(folder: Folder, split: str) -> list[Picture]:
     """Return the images of a split in its order, all in memory, with boxes clipped to their images.
 
-    Raises:
-        UserError: the folder is not in this layout, the split does not exist or names no image, a file is missing, an
-            image is damaged, or annotations are malformed.
+    Raises UserError if the folder is not in this layout, the split does not exist or names no image, a file is missing,
+    an image is damaged, or annotations are malformed.
     """
     return [_picture(folder, name, *_files(folder, name, file)) for name, file in _listed(folder, split)]
 
 
 def union(folders: Sequence[Folder], split: str) -> list[Picture]:
-    """Return the images of a split of all folders that have it. Of several folders, names begin with the folder.
-
-    Raises:
-        UserError: no folder has the split; or as `read`.
-    """
+    """Return the images of a split of all folders that have it, named after theirs if several. Raises as `read`."""
     if len(folders) == 1:
         return read(folders[0], split)
     return [
@@ -162,7 +147,6 @@ def _listed(folder: Folder, split: str) -> list[tuple[str, str]]:
 
 
 def _files(folder: Folder, name: str, file: str) -> tuple[bytes, bytes]:
-    """Return an encoded image and its annotations."""
     what = f"A split of {str(folder)!r} names {name!r}, and one of its files is missing"
     remedy = f"Restore {IMAGES}/{file} and {ANNOTATIONS}/{name}.xml, or remove the name from the split."
     with explained(what, remedy, FileNotFoundError):

@@ -88,11 +88,7 @@ class Collapse:
 
     @staticmethod
     def finding(layer: str, values: Mapping[str, float]) -> str:
-        """Return a sentence that says if the features of a layer have collapsed.
-
-        Args:
-            values: what `Collapse.measure` yields, by name.
-        """
+        """Return a sentence that says if the features of a layer have collapsed, by what `measure` yields."""
         if not {"effective_rank", "effective_rank_share", "spread", "constant"} <= values.keys():
             return ""  # Rows of an earlier version.
         rank, share, constant = (

@@ -29,7 +29,7 @@ from torchvision.models.detection import FasterRCNN
 
 from raysl import optim, rng
 from raysl.dataset import DataSet
-from raysl.errors import UserError, install
+from raysl.errors import UserError, package
 from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
@@ -95,12 +95,11 @@ class Detection(InTask[Config]):
     def rows(self, subject: Subject) -> list[Row]:
         """Return the scores, the mean loss of the last epoch, and the number of dropped and of clipped boxes.
 
-        Raises:
-            UserError: a folder is not in the layout (see `raysl.probes._voc.read`), a split has no boxes, the splits
-                share images, the backbone has no maps, training has diverged, or pycocotools is not installed.
+        Raises UserError if a folder is not in the layout (see `raysl.probes._voc.read`), a split has no boxes, the
+        splits share images, the backbone has no maps, training has diverged, or pycocotools is not installed.
         """
         assert isinstance(subject.encoder, NetworkEncoder)
-        _pycocotools()
+        _pycocotools("coco")
         config, seed = self.config, subject.seed
         train, test = (_voc.union(config.folders, split) for split in config.splits)
         _check(train, test, config)
@@ -122,7 +121,6 @@ class Detection(InTask[Config]):
 
 
 def _check(train: Sequence[Picture], test: Sequence[Picture], config: Config) -> None:
-    """Raise UserError if there is nothing to learn or to score, or if the splits share images."""
     if not any(one.classes for one in train):
         raise UserError(
             f"The split {config.train_split!r} has no boxes to learn from. Give another --detection.train-split."
@@ -140,10 +138,7 @@ def learn(
 ) -> list[float]:
     """Train a detector in place and return the mean loss of every epoch.
 
-    The detector draws from torch's global generator.
-
-    Raises:
-        UserError: the loss is no longer finite.
+    The detector draws from torch's global generator. Raises UserError if the loss is no longer finite.
     """
     solvers: list[tuple[torch.optim.Optimizer, float]] = [(optim.build(config.optim, detector), 1.0)]
     size = min(config.batch_size, len(pictures))
@@ -208,11 +203,7 @@ def score(
     Args:
         pictures: the annotated images; at least one box is not difficult.
         found: the detections in each picture; labels count from 1 in the order of `classes`.
-
-    Raises:
-        UserError: pycocotools is not installed.
     """
-    coco, evaluation = _pycocotools()
     rows = [
         [number, *_xywh(box), float(value), int(label)]
         for number, one in enumerate(found, start=1)
@@ -223,10 +214,11 @@ def score(
         return dict.fromkeys(_NAMES, 0.0)
     # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco.COCO()
+        truth = _pycocotools("coco").COCO()
         truth.dataset = _truth(pictures, classes)
         truth.createIndex()
-        judged = evaluation.COCOeval(truth, truth.loadRes(np.array(rows, dtype=np.float64)), "bbox")
+        found_boxes = truth.loadRes(np.array(rows, dtype=np.float64))
+        judged = _pycocotools("cocoeval").COCOeval(truth, found_boxes, "bbox")
         judged.evaluate()
         judged.accumulate()
         judged.summarize()
@@ -263,13 +255,8 @@ def _xywh(box: Sequence[float]) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def _pycocotools() -> tuple[Any, Any]:
-    """Return the modules for data and for evaluation. Raises UserError if pycocotools is not installed."""
-    try:
-        from pycocotools import coco, cocoeval
-    except ImportError as error:
-        raise UserError(
-            f"The probe detection needs pycocotools, which is not installed. {install('detection')} The other probes "
-            "do not need it."
-        ) from error
-    return coco, cocoeval
+def _pycocotools(name: str) -> Any:
+    """Return a module of pycocotools. Raises UserError if it is not installed."""
+    return package(
+        f"pycocotools.{name}", "The probe detection", "detection", " The other probes do not need it."
+    )

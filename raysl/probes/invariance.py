@@ -24,7 +24,7 @@ Images are evaluation views at the source size of the transform. Labels of the i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -164,8 +164,6 @@ class Invariance(InTask[Config]):
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample of encoded images in a random order, and their indices."""
-
     images: list[bytes]
     indices_n: NDArray[np.int64]
     seed: int
@@ -243,10 +241,17 @@ def _layer(
             found = _moved(name, distance_n, others_nk[changed_n])
             shares.append(found[-1].value)
             rows += found
+        half = len(plain_nd) // 2
+        parts = slice(half), slice(half, None)
         if label_n is not None:
-            rows += _readout(name, moved_npd.flatten(1), label_n, transforms[name].num_labels, config.readout)
+            halves = [Labelled(moved_npd[n].flatten(1).numpy(), label_n[n].numpy()) for n in parts]
+            rows += _readout(f"/{name}", halves, 1 / transforms[name].num_labels, config.readout)
         elif moved_npd.shape[2] == plain_nd.shape[1]:
-            rows += _readout_whether(name, plain_nd, moved_npd.mean(1), config.readout)
+            # Both copies of an image are in the same half.
+            moved_nd = moved_npd.mean(1)
+            pairs = [(plain_nd[n], moved_nd[n]) for n in parts]
+            halves = [Labelled(torch.cat(pair).numpy(), np.repeat([0, 1], len(pair[0]))) for pair in pairs]
+            rows += _readout(f"_whether/{name}", halves, 0.5, config.readout)
     if len(shares) == len(moved):
         rows.append(Row("closer", float(np.mean(shares))))
     return rows, counts
@@ -261,32 +266,13 @@ def _moved(name: str, distance_n: NDArray[np.float64], others_nk: NDArray[np.flo
     ]
 
 
-def _readout(name: str, features_nd: Tensor, label_n: Tensor, labels: int, config: LinearConfig) -> list[Row]:
-    """Return the accuracy of predicting the label of a transform; nothing if the train half shows a single label."""
-    half = len(features_nd) // 2
-    learned, judged = (
-        Labelled(features_nd[rows].numpy(), label_n[rows].numpy())
-        for rows in (slice(half), slice(half, None))
-    )
+def _readout(suffix: str, halves: Sequence[Labelled], chance: float, config: LinearConfig) -> list[Row]:
+    """Return the accuracy of predicting what was done to an image; nothing if the train half shows a single label."""
+    learned, judged = halves
     if len(np.unique(learned.labels_n)) < 2:
         return []
-    return [
-        Row(f"readout/{name}", primary(Linear(config), learned, judged)),
-        Row(f"chance/{name}", 1 / labels),
-    ]
-
-
-def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: LinearConfig) -> list[Row]:
-    """Return the accuracy of predicting if an image was transformed. Both copies of an image are in the same half."""
-    half = len(plain_nd) // 2
-    learned, judged = (
-        Labelled(torch.cat([plain_nd[rows], moved_nd[rows]]).numpy(), np.repeat([0, 1], len(plain_nd[rows])))
-        for rows in (slice(half), slice(half, None))
-    )
-    return [
-        Row(f"readout_whether/{name}", primary(Linear(config), learned, judged)),
-        Row(f"chance_whether/{name}", 0.5),
-    ]
+    accuracy = primary(Linear(config), learned, judged)
+    return [Row(f"readout{suffix}", accuracy), Row(f"chance{suffix}", chance)]
 
 
 def distances(one_nd: Tensor, other_nd: Tensor) -> NDArray[np.float64]:
@@ -299,8 +285,7 @@ def distances(one_nd: Tensor, other_nd: Tensor) -> NDArray[np.float64]:
 def to_others(features_nd: Tensor, most: int) -> NDArray[np.float64]:
     """Return float64 (n, k): distances of each row to the next k rows; k is `most`, or all others if there are fewer.
 
-    Args:
-        features_nd: features in a random order, so that the next rows are a random sample.
+    The features are in a random order, so that the next rows are a random sample.
     """
     unit_nd = normalize(features_nd.double(), dim=1)
     shifts = range(1, min(most, len(unit_nd) - 1) + 1)

@@ -123,9 +123,7 @@ class Keypoints(InTask[Config]):
     def rows(self, subject: Subject) -> list[Row]:
         """Return PCK, PCK of each key point at the first threshold, and the mean distance, for each layer.
 
-        Raises:
-            UserError: a file cannot be read (see `raysl.probes._poses.read`), an image is missing, or a layer has no
-                map.
+        Raises UserError if a file cannot be read (see `_poses.read`), an image is missing, or a layer has no map.
         """
         config, size = self.config, subject.image_size
         names, train, test, images = _figures(subject, config)
@@ -266,7 +264,6 @@ def _readout(features_nd: Tensor, targets_nk: Tensor, held_n: Tensor) -> Readout
 def _by_heatmap(
     map_ndhw: Tensor, points_nk2: Tensor, held_n: Tensor, tested_mdhw: Tensor, config: Config
 ) -> Tensor:
-    """Return the predicted points (m, k, 2) by heat maps."""
     targets_nkhw = gaussians(points_nk2, config.side, config.sigma)
     places = config.side**2
     features_nd, targets_nk = (one.movedim(1, -1).flatten(0, 2) for one in (map_ndhw, targets_nkhw))
@@ -307,16 +304,8 @@ def scores(
 ) -> Mapping[str, float]:
     """Return PCK at each threshold, PCK of each key point at the first, and the mean distance over the length.
 
-    A point that is not annotated is not judged.
-
-    Args:
-        said_nk2: predictions as shares of the view.
-        true_nk2: annotations, NaN where there is none.
-        lengths_n: reference length of each figure as a share of the view.
-        thresholds: shares of the reference length.
-
-    Raises:
-        UserError: no point is annotated.
+    Points and the length of each figure are shares of the view, thresholds shares of the length. A point that is not
+    annotated (NaN) is not judged. Raises UserError if no point is annotated.
     """
     distance_nk = (said_nk2 - true_nk2).norm(dim=2) / lengths_n[:, None]
     there_nk = true_nk2.isfinite().all(2)

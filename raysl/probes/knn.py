@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank, same_images
-from raysl.probes._tiles import Tiles, tile_rows
+from raysl.probes import Labelled, Row, Settings, Tiles, accuracy_rows, check, rank, same_images, tile_rows
 from raysl.ray_cluster import gpus
 
 # Similarities of a tile of queries with a tile of train images take 128 MB; 2 GB if the train images are sent in tiles.
@@ -85,20 +84,14 @@ class Knn:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Train images in which the nearest are looked for.
+    """Train images in which the nearest are looked for."""
 
-    Args:
-        train_nd: their features.
-        resident: the features are unit vectors on the device. Otherwise they lie in the memory of the host, because
-            they are too large for the GPU.
-        tiles: how they are sent to the device.
-        queries: number of queries at a time; many, if all train images are sent for each time.
-    """
-
-    train_nd: Tensor
+    train_nd: Tensor  # their features
+    # The features are unit vectors on the device. Otherwise they lie in the memory of the host, because they are too
+    # large for the GPU.
     resident: bool
-    tiles: Tiles
-    queries: int
+    tiles: Tiles  # how they are sent to the device
+    queries: int  # number of queries at a time; many, if all train images are sent for each time
 
     @classmethod
     def of(cls, features_nd: NDArray[np.float32], device: torch.device) -> Gallery:

@@ -26,8 +26,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from raysl import optim, rng
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
-from raysl.probes._tiles import Tiles, tile_rows
+from raysl.probes import Labelled, Row, Settings, Tiles, accuracy_rows, check, rank, tile_rows
 from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
@@ -38,19 +37,12 @@ _MAX_IMAGES_PER_FEATURE = 0.75
 
 @dataclass(frozen=True)
 class Sgd:
-    """A schedule of SGD.
+    """A schedule of SGD."""
 
-    Args:
-        epochs: number of passes over the train set.
-        drops: epochs after which the learning rate is divided by ten.
-        lr: initial learning rate.
-        weight_decay: weight decay of the weights; the bias has none.
-    """
-
-    epochs: int
-    drops: tuple[int, ...]
-    lr: float = 0.01
-    weight_decay: float = 5e-4
+    epochs: int  # number of passes over the train set
+    drops: tuple[int, ...]  # epochs after which the learning rate is divided by ten
+    lr: float = 0.01  # initial learning rate
+    weight_decay: float = 5e-4  # weight decay of the weights; the bias has none
 
 
 SCHEDULES = {
@@ -128,10 +120,7 @@ class Linear:
     ) -> tuple[float, Solution]:
         """Return the weight decay that is best on the held-out images (the stronger of equals), and the solution.
 
-        Args:
-            train_nd: standardised features.
-            labels_n: int64 (n,).
-            num_fitted: number of images, the first ones, that are not held out.
+        The first `num_fitted` images are not held out.
         """
         fit = Fit(train_nd, int(labels_n.max()) + 1, self.config, tiles)
         strongest_first = sorted(self.config.weight_decays, reverse=True)

@@ -57,17 +57,12 @@ class Config(Settings):
 
 @dataclass(frozen=True)
 class Moments:
-    """Frames with the sound around them.
+    """Frames with the sound around them."""
 
-    Args:
-        frames_bchw: uint8 (b, 3, s, s), the whole frame.
-        sounds_bchw: uint8 (b, 1, bands, windows).
-        boxes_b24: float (b, 2, 4): top, left, height and width of the sounding shape and of the silent one, as shares
-            of the frame; NaN where a shape is not seen.
-    """
-
-    frames_bchw: Tensor
-    sounds_bchw: Tensor
+    frames_bchw: Tensor  # uint8 (b, 3, s, s), the whole frame
+    sounds_bchw: Tensor  # uint8 (b, 1, bands, windows)
+    # float (b, 2, 4): top, left, height and width of the sounding shape and of the silent one, as shares of the frame;
+    # NaN where a shape is not seen.
     boxes_b24: NDArray[np.float64]
 
 
@@ -93,11 +88,7 @@ class Localisation(InTask[Config]):
 
 
 def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
-    """Return the rows of a model; see `Localisation.rows`.
-
-    Args:
-        model: a `raysl.model.Model` in eval mode.
-    """
+    """Return the rows of a `raysl.model.Model` in eval mode; see `Localisation.rows`."""
     if getattr(getattr(model.objective, "config", None), "form", "") != "map":
         raise UserError(
             "The probe localisation needs a run that compares the sound with every place of a frame. Pretrain with "
@@ -123,13 +114,7 @@ def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
 
 
 def moments(data: DataSet, size: int, frames: int, window_s: float) -> Iterator[Moments]:
-    """Yield frames of clips in which the sounding object is seen, with the sound around them.
-
-    Args:
-        data: clips that say what sounds.
-        size: side in pixels of the whole frame as the network sees it.
-        window_s: length of the sound in seconds.
-    """
+    """Yield whole frames of `size` pixels in which the sounding object is seen, with `window_s` of the sound around."""
     for first in range(0, data.num_images, _PART_CLIPS):
         rows = np.arange(first, min(first + _PART_CLIPS, data.num_images), dtype=np.int64)
         clips = Clips(data.read(rows, ("frames", "times", "tracks", "sound", "sounding")))
@@ -152,11 +137,8 @@ def moments(data: DataSet, size: int, frames: int, window_s: float) -> Iterator[
 def peaks(map_bhw: Tensor, offset: float) -> NDArray[np.float64]:
     """Return where each map is highest: float (b, 2), y and x as shares of the frame.
 
-    The map is resized bilinearly to eight times its side, so that a peak may lie between its cells.
-
-    Args:
-        map_bhw: similarity of the sound with each place.
-        offset: see `raysl.probes._images.cell_offset`.
+    The map is resized bilinearly to eight times its side, so that a peak may lie between its cells. For `offset` see
+    `raysl.probes._images.cell_offset`.
     """
     cells_2 = np.array(map_bhw.shape[1:])
     fine_bhw = interpolate(map_bhw[:, None], scale_factor=8, mode="bilinear")[:, 0]
@@ -166,12 +148,7 @@ def peaks(map_bhw: Tensor, offset: float) -> NDArray[np.float64]:
 
 
 def scores(peaks_b2: NDArray[np.float64], boxes_b24: NDArray[np.float64]) -> dict[str, float]:
-    """Return the shares of frames whose peak lies in the box of the sounding shape, of the silent one, and baselines.
-
-    Args:
-        peaks_b2: see `peaks`.
-        boxes_b24: see `Moments`.
-    """
+    """Return the shares of frames whose peak lies in the box of the sounding or the silent shape, and baselines."""
     return {
         "peak_in_box": float(_inside(peaks_b2, boxes_b24[:, 0]).mean()),
         "peak_in_silent_box": float(_inside(peaks_b2, boxes_b24[:, 1]).mean()),

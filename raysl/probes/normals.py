@@ -104,11 +104,7 @@ class Normals(InTask[Config]):
             )
 
     def rows(self, subject: Subject) -> list[Row]:
-        """Return the angle statistics of each layer.
-
-        Raises:
-            UserError: the folder is not in the layout, a file is damaged, or a layer has no map.
-        """
+        """Return the rows of each layer. Raises UserError if a layer has no map, or as `pairs` and `normals_of`."""
         config, size, device = self.config, subject.image_size, gpus.device()
         if config.data:
             train, test = (pairs(Folder(config.data) / split) for split in _SPLITS)
@@ -147,25 +143,15 @@ class Normals(InTask[Config]):
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its map of normals, which are read when they are used.
+    """An image and its map of normals, which are read when they are used."""
 
-    Args:
-        image: returns the encoded image.
-        map: returns the content of the map.
-        map_name: name of the map, for messages; its ending is its format.
-    """
-
-    image: Callable[[], bytes]
-    map: Callable[[], bytes]
-    map_name: str
+    image: Callable[[], bytes]  # returns the encoded image
+    map: Callable[[], bytes]  # returns the content of the map
+    map_name: str  # name of the map, for messages; its ending is its format
 
 
 def pairs(folder: Folder) -> list[Pair]:
-    """Return the images of a split with their maps of normals, sorted by name.
-
-    Raises:
-        UserError: there are no images, or an image has no map.
-    """
+    """Return the images of a split with their maps, sorted by name. Raises UserError if there are none, or no map."""
     images, maps = (
         {name.rpartition(".")[0] or name: name for name in place.list() if not name.startswith(".")}
         for place in (folder / IMAGES, folder / NORMALS)
@@ -236,7 +222,6 @@ def _judged(
 def _maps(
     encode: EncodeMaps, some: Sequence[Pair], size: int, side: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the maps of images by layer, float (b, d, side, side)."""
     images_bchw = decode.resized_to_square([one.image() for one in some], size).to(device)
     with torch.inference_mode():
         made = encode(images_bchw)
@@ -259,8 +244,7 @@ def _places(map_bdhw: Tensor, truth_b3hw: Tensor) -> tuple[Tensor, Tensor]:
 def normals_of(pair: Pair) -> Tensor:
     """Return the normals of an image, float (1, 3, h, w): unit vectors, or zeros where there is none.
 
-    Raises:
-        UserError: the file is damaged or has another form.
+    Raises UserError if the file is damaged or has another form.
     """
     data, name = pair.map(), pair.map_name
     what = f"The map of normals {name!r} cannot be read"
@@ -300,12 +284,7 @@ def _grid(normals_13hw: Tensor, side: int) -> Tensor:
 
 
 def angles(said_13hw: Tensor, true_13hw: Tensor) -> Tensor:
-    """Return the angle in degrees at every pixel that has a normal: float (n,).
-
-    Args:
-        said_13hw: predictions of any length.
-        true_13hw: unit vectors, or zeros where there is none.
-    """
+    """Return the angle in degrees of predictions, of any length, at every pixel that has a normal: float (n,)."""
     there_hw = true_13hw[0].square().sum(0) > 0
     cosine_hw = (normalize(said_13hw, dim=1) * true_13hw).sum(1)[0]
     return torch.rad2deg(cosine_hw[there_hw].double().clamp(-1, 1).acos())

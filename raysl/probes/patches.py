@@ -59,18 +59,13 @@ class Config(Settings):
 
 @dataclass(frozen=True)
 class Pieces:
-    """Patches or frames, as the network sees them.
+    """Patches or frames, as the network sees them."""
 
-    Args:
-        views_nchw: uint8 (n, 3, s, s).
-        sources_n: int64 (n,), the image or clip of each.
-        places_n2: float (n, 2), the middle of a patch as a share of the view; 0.5 for frames.
-        points_nk2: float (n, k, 2), key points in pixels, NaN where not seen; None without.
-    """
-
-    views_nchw: Tensor
-    sources_n: NDArray[np.int64]
+    views_nchw: Tensor  # uint8 (n, 3, s, s)
+    sources_n: NDArray[np.int64]  # int64 (n,), the image or clip of each
+    # float (n, 2), the middle of a patch as a share of the view; 0.5 for frames.
     places_n2: NDArray[np.float64]
+    # float (n, k, 2), key points in pixels, NaN where not seen; None without.
     points_nk2: NDArray[np.float32] | None = None
 
 
@@ -161,11 +156,7 @@ def neighbours(
     gallery: Pieces,
     same: bool,
 ) -> NDArray[np.int64]:
-    """Return the k nearest pieces of the gallery, int64 (n, k); none of the own image if both sets are the same.
-
-    Args:
-        same: both come from one data set.
-    """
+    """Return the k nearest pieces of the gallery, int64 (n, k); none of the own image if both sets are the `same`."""
     _, order_nm = nearest(query_nd, gallery_md, len(gallery_md) if same else k)
     if not same:
         return order_nm
@@ -175,7 +166,6 @@ def neighbours(
 
 
 def _chance(asked_n: NDArray[np.int64], known_n: NDArray[np.int64]) -> float:
-    """Return the precision of random neighbours."""
     classes = int(max(asked_n.max(), known_n.max())) + 1
     shares = (np.bincount(one, minlength=classes) / len(one) for one in (asked_n, known_n))
     return float(np.multiply(*shares).sum())
@@ -198,7 +188,6 @@ def _distances(queries: Pieces, gallery: Pieces, nearest_n: NDArray[np.int64]) -
 
 
 def _centred(points_nk2: Any) -> Any:
-    """Return points around the middle of those that are seen."""
     seen_nk1 = np.isfinite(points_nk2).all(2, keepdims=True)
     sums_n12 = np.where(seen_nk1, points_nk2, 0).sum(1, keepdims=True)
     return points_nk2 - sums_n12 / seen_nk1.sum(1, keepdims=True).clip(1)

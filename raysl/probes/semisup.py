@@ -68,10 +68,8 @@ class Semisup(InTask[Config]):
     def examine(self, subject: Subject) -> Iterator[Row]:
         """Yield for each share accuracies, the mean training loss of the last epoch and the number of images.
 
-        Yields nothing for pixels, which cannot be trained. Each share is a task of `run_tasks`.
-
-        Raises:
-            UserError: the images do not suit the probe (see `labels_of`), or training has diverged.
+        Yields nothing for pixels, which cannot be trained. Each share is a task of `run_tasks`. Raises UserError as
+        `labels_of`, or if training has diverged.
         """
         if not isinstance(subject.encoder, NetworkEncoder):
             return

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from raysl import rng
-from raysl.errors import UserError, install
+from raysl.errors import UserError, package
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, check, multi_hot
 from raysl.probes.linear import in_span
@@ -98,22 +98,15 @@ class Svm:
         return fitted(train_nd, sign_n, cost, test_nd)
 
 
-def _solver() -> Any:
-    """Return scikit-learn's modules. Raises UserError if it is not installed."""
-    try:
-        from sklearn import model_selection, svm
-    except ImportError as error:
-        raise UserError(
-            f"Support vector machines need scikit-learn, which is not installed. {install('eval')} The probe linear "
-            "does not need it."
-        ) from error
-    return svm, model_selection
+def _sklearn(name: str) -> Any:
+    """Return a module of scikit-learn. Raises UserError if it is not installed."""
+    what = "A support vector machine"
+    return package(f"sklearn.{name}", what, "eval", " The probe linear does not need it.")
 
 
 def machine(cost: float) -> Any:
     """Return an untrained machine with a cost C. Every parameter is part of the protocol."""
-    svm, _ = _solver()
-    return svm.LinearSVC(
+    return _sklearn("svm").LinearSVC(
         C=cost,
         dual=True,
         max_iter=2000,
@@ -138,13 +131,11 @@ def choose(train_nd: NDArray[np.float64], sign_n: NDArray[np.int64], costs: tupl
         train_nd: float64 (n, d), unit rows.
         sign_n: int64 (n,), 1 or -1, at least two of each. There are three folds, or as many as the rarer sign has.
     """
-    _, selection = _solver()
     folds = int(min(_FOLDS, (sign_n == 1).sum(), (sign_n == -1).sum()))
 
     def score(cost: float) -> float:
-        parts = selection.cross_val_score(
-            machine(cost), train_nd, sign_n, cv=folds, scoring="average_precision"
-        )
+        validated = _sklearn("model_selection").cross_val_score
+        parts = validated(machine(cost), train_nd, sign_n, cv=folds, scoring="average_precision")
         return float(parts.mean())
 
     found = {cost: score(cost) for cost in sorted(costs)}

@@ -56,9 +56,8 @@ class VocSvm(InTask[Config]):
     def rows(self, subject: Subject) -> list[Row]:
         """Return mAP by layer.
 
-        Raises:
-            UserError: a folder is not in the layout (see `raysl.probes._voc.read`), the splits share images, the test
-                split shows no class, or scikit-learn is not installed.
+        Raises UserError if a folder is not in the layout (see `raysl.probes._voc.read`), the splits share images, the
+        test split shows no class, or scikit-learn is not installed.
         """
         config, splits = self.config, self.config.splits
         train, test = (_voc.union(config.folders, split) for split in splits)

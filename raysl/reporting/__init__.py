@@ -31,9 +31,8 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
     Args:
         folders: the folder of one sweep; or folders of runs, or of other models that `raysl probe` has measured.
 
-    Raises:
-        UserError: a folder holds neither a sweep nor a run, several sweeps are given, a package is missing, or the
-            report cannot be written.
+    Raises UserError if a folder holds neither a sweep nor a run, several sweeps are given, a package is missing, or the
+    report cannot be written.
     """
     check_installed()
     given = [folders] if isinstance(folders, str) else folders

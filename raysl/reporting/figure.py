@@ -18,19 +18,12 @@ _TITLE_WIDTH = 40  # characters that fit above one of three panels
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture and its description.
+    """A picture and its description."""
 
-    Args:
-        name: name of its file without the ending; `raysl.storage.plain_names.file_name` makes it safe.
-        title: heading above the picture.
-        text: description of what it shows, with the numbers.
-        png: the picture.
-    """
-
-    name: str
-    title: str
-    text: str
-    png: bytes
+    name: str  # name of its file without the ending; `raysl.storage.plain_names.file_name` makes it safe
+    title: str  # heading above the picture
+    text: str  # description of what it shows, with the numbers
+    png: bytes  # the picture
 
 
 def plot_png(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
@@ -45,11 +38,7 @@ def plot_png(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
 
 
 def panels_png(draws: Mapping[str, Callable[[Any], None]]) -> bytes:
-    """Return a PNG of several pairs of axes, three in a row, each with a title.
-
-    Args:
-        draws: a function that fills each pair of axes, by title.
-    """
+    """Return a PNG of several pairs of axes, three in a row, each with its title and filled by its function."""
     columns = min(_COLUMNS, len(draws))
     lines = math.ceil(len(draws) / columns)
 

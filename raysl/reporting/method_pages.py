@@ -17,7 +17,7 @@ from raysl.dataset import DataSet
 from raysl.errors import Unset
 from raysl.model import DatasetInfo, Model
 from raysl.reporting import combinations, pictures, protocols
-from raysl.reporting.hyperparameters import cell, hyperparameters
+from raysl.reporting.protocols import cell, hyperparameters
 from raysl.storage import Folder
 from raysl.stream.views import View
 from raysl.training import recipes
@@ -58,13 +58,8 @@ def names() -> list[str]:
 def write(folder: Path, images: DataSet, clips: DataSet) -> None:
     """Write all pages with their pictures, the page of the probes, and an index; make the folder.
 
-    Args:
-        folder: where to write.
-        images: the images of the pictures.
-        clips: the same for methods that learn from clips.
-
-    Raises:
-        UserError: the folder cannot be written.
+    The pictures show `images`, or `clips` for methods that learn from them. Raises UserError if the folder cannot be
+    written.
     """
     place = Folder(str(folder))
     place.write("README.md", index().encode())
@@ -99,11 +94,7 @@ def index() -> str:
 
 
 def page(name: str) -> str:
-    """Return the page of an objective or a transform in Markdown.
-
-    Raises:
-        UserError: the name is unknown.
-    """
+    """Return the page of an objective or a transform in Markdown. Raises UserError if the name is unknown."""
     summary, _, rest = (inspect.getdoc(_module(name)) or "").partition("\n\n")
     method = typical_method(name)
     usual = f"raysl pretrain --data DATA --run RUN --method {method}"
@@ -153,7 +144,6 @@ _answer = functools.cache(combinations.combines)
 
 @functools.cache
 def _data(method: str) -> str:
-    """Return the name of the data that shows a method."""
     return CLIPS if any(view.of_clips for view in _views(method).values()) else DATA
 
 

@@ -49,11 +49,7 @@ class ReportConfig(CheckedTop):
 
 
 def render(body: str, title: str, **values: Any) -> str:
-    """Return an HTML page.
-
-    Args:
-        body: Jinja template of the page's body; its macro `pictures` takes figures.
-    """
+    """Return an HTML page of a Jinja template of its body, which has a macro `pictures` of figures."""
     import jinja2
 
     # Blocks end without a new line, so that a table row is one line.

@@ -36,11 +36,7 @@ _PAPER, _INK, _FAINT, _MAT = (255, 255, 255), (33, 37, 41), (134, 142, 150), (23
 
 
 def views_of(config: Pretraining, dataset: DataSet) -> Mapping[str, View]:
-    """Return the views of a run, even if the data set is too small to train on.
-
-    Raises:
-        UserError: the method does not exist, or does not work with these images.
-    """
+    """Return the views of a run, also of too few images to train on. Raises UserError if they do not suit it."""
     info = DatasetInfo.of(dataset)
     try:
         views = Model(config, replace(info, num_images=max(info.num_images, _ENOUGH))).views()
@@ -55,14 +51,8 @@ def views_grid(dataset: DataSet, views: Mapping[str, View], seed: int = 0, count
     """Draw a row for each image: the image, then each view as the network receives it.
 
     A view of several crops is drawn as a mosaic: a jigsaw of nine patches is 3 x 3. The pixels are equal to those of
-    the stream for the same seed in epoch 0, enlarged without smoothing.
-
-    Args:
-        dataset: the data set; the seed determines which images are drawn.
-        views: views by name, from `views_of`.
-
-    Raises:
-        UserError: a shard of the data set is damaged.
+    the stream for the same seed in epoch 0, enlarged without smoothing. The seed determines which images are drawn.
+    Raises UserError if a shard of the data set is damaged.
     """
     chosen = rng.generator(seed, "views sheet").permutation(dataset.num_images)[:count]
     indices = np.sort(chosen.astype(np.int64))
@@ -107,9 +97,6 @@ def neighbours_grid(
         query_q: int64 (q,), indices in `queries`.
         nearest_qk: int64 (q, k), indices in `gallery`, the nearest first; see `raysl.probes.retrieval.nearest`.
         cosine_qk: float32 (q, k).
-
-    Raises:
-        UserError: a shard of a data set is damaged.
     """
     columns = [("query", "", _shown(queries, query_q))]
     for rank in range(nearest_qk.shape[1]):
@@ -128,11 +115,7 @@ def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image
 
 
 def save(picture: Image.Image, file: str) -> None:
-    """Write a picture as PNG to a path or a URI, atomically; make missing folders.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a picture as PNG to a path or a URI, atomically. Raises UserError if the file cannot be written."""
     folder, _, name = file.rpartition("/")
     Folder(folder or ("/" if file.startswith("/") else ".")).write(name, png(picture))
 
@@ -145,16 +128,11 @@ def png(picture: Image.Image) -> bytes:
 
 
 def _mark(target: Tensor) -> str:
-    """Return the label, or the shape of a target that is not a label."""
     return f"target {' x '.join(map(str, target.shape))}" if target.ndim else f"label {int(target)}"
 
 
 def mosaic(crops_pchw: Tensor) -> Image.Image:
-    """Draw crops in a square grid, row by row, enlarged by a whole number, with gaps between them.
-
-    Args:
-        crops_pchw: uint8 (p, 3, h, w), or (p, 1, bands, windows) for spectrograms.
-    """
+    """Draw crops, uint8 (p, 3, h, w), or (p, 1, h, w) for spectrograms, row by row in a square grid, with gaps."""
     columns = math.ceil(math.sqrt(len(crops_pchw)))
     rows = math.ceil(len(crops_pchw) / columns)
     gap = 4 if len(crops_pchw) > 1 else 0

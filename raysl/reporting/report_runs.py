@@ -32,22 +32,15 @@ _FILE_NAMES = {"backbone.name", "view.recipe"}
 
 @dataclass(frozen=True)
 class ReportRun:
-    """A run, or an external model that was probed.
+    """A run, or an external model that was probed."""
 
-    Args:
-        run: its folder; an external model has only rows there.
-        name: the method, or the file of the model.
-        seed: seed of the run; 0 for a model.
-        identity: configuration by dotted name, without the fields in which seeds of one experiment differ.
-        rows: results of probes.
-        metrics: columns of the metrics of training, float64 (n,), with NaN where there is no value.
-    """
-
-    run: Run
-    name: str
-    seed: int
+    run: Run  # its folder; an external model has only rows there
+    name: str  # the method, or the file of the model
+    seed: int  # seed of the run; 0 for a model
+    # Configuration by dotted name, without the fields in which seeds of one experiment differ.
     identity: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]  # results of probes
+    # Columns of the metrics of training, float64 (n,), with NaN where there is no value.
     metrics: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
@@ -65,15 +58,10 @@ class ReportRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in seed and folder.
+    """Runs that differ only in seed and folder."""
 
-    Args:
-        label: the method, and the fields that distinguish the group from others of that method.
-        runs: sorted by seed.
-    """
-
-    label: str
-    runs: tuple[ReportRun, ...]
+    label: str  # the method, and the fields that distinguish the group from others of that method
+    runs: tuple[ReportRun, ...]  # sorted by seed
 
 
 @dataclass(frozen=True)
@@ -85,11 +73,7 @@ class LabelledRow:
 
 
 def groups(folders: Sequence[str]) -> list[Group]:
-    """Return the folders in groups, sorted by label.
-
-    Raises:
-        UserError: a folder holds neither a run nor a probed model, or is damaged.
-    """
+    """Return the folders in groups, sorted by label. Raises UserError for one without a run or model, or damaged."""
     runs = [_loaded(Folder(folder)) for folder in dict.fromkeys(folder.rstrip("/") for folder in folders)]
     runs.sort(key=lambda member: (member.name, member.seed, str(member.run.folder)))
     gathered: dict[str, list[ReportRun]] = {}
@@ -138,7 +122,6 @@ def _step(run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _inputs(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run was made from: its starting weights, its teacher's method and step, the number of clusters."""
     teacher, labels = facts.get("teacher", {}), facts.get("labels", {})
     values = {
         "K": facts.get("num_clusters"),

@@ -32,12 +32,7 @@ def grids(
 ) -> list[Image.Image]:
     """Return a grid for each encoder: `count` test images, and the `k` nearest train images of each.
 
-    Args:
-        image_size: side of the view in pixels.
-        count: number of test images; the choice depends only on the size of the test set.
-
-    Raises:
-        UserError: see `raysl.extraction.extract_all`.
+    The choice depends only on the size of the test set. Raises UserError as `raysl.extraction.extract_all`.
     """
     protocol = FeatureProtocol(image_size, (_LAYER,))
     found = extraction.extract_all(

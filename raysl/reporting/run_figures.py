@@ -202,7 +202,6 @@ def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
 
 
 def _curve(member: ReportRun) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the epochs and losses of the metrics of a run."""
     losses_n = member.metrics.get("loss", np.empty(0))
     there_n = ~np.isnan(losses_n)
     return member.metrics.get("epoch", losses_n)[there_n], losses_n[there_n]

@@ -53,11 +53,7 @@ not include its teacher.</p>
 
 
 def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]]:
-    """Return the page of runs, and its figures.
-
-    Raises:
-        UserError: a folder holds neither a run nor a probed model, or is damaged.
-    """
+    """Return the page of runs, and its figures. Raises UserError as `raysl.reporting.report_runs.groups`."""
     gathered = groups(places)
     rows = labelled_rows(gathered)
     drawn = [

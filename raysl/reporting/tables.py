@@ -51,18 +51,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Table:
-    """Results of one probe with one protocol on the same images.
+    """Results of one probe with one protocol on the same images."""
 
-    Args:
-        probe: name of the probe.
-        caption: protocol and images.
-        columns: (layer, name) of each number.
-        lines: label, and an estimate or None for each column; sorted by the last column, the best first.
-    """
-
-    probe: str
-    caption: str
-    columns: tuple[tuple[str, str], ...]
+    probe: str  # name of the probe
+    caption: str  # protocol and images
+    columns: tuple[tuple[str, str], ...]  # (layer, name) of each number
+    # Label, and an estimate or None for each column; sorted by the last column, the best first.
     lines: tuple[tuple[str, tuple[Estimate | None, ...]], ...]
 
     def best(self, column: int) -> Estimate | None:
@@ -83,11 +77,7 @@ class Table:
 
 
 def tables(rows: Sequence[LabelledRow], primary: bool = True) -> list[Table]:
-    """Return a table for each probe, protocol and pair of data sets.
-
-    Args:
-        primary: take the primary metric of each probe; if False, all other numbers.
-    """
+    """Return a table of the primary metric, or else of all other numbers, for each probe, protocol and data sets."""
     chosen = [item for item in rows if bool(item.row["primary"]) == primary]
     return [_table(members) for _, members in by_protocol(chosen)]
 
@@ -107,10 +97,7 @@ def _table(members: Sequence[LabelledRow]) -> Table:
 
 
 def estimates(rows: Sequence[LabelledRow]) -> dict[tuple[str, str, str], Estimate]:
-    """Return the estimate of each (label, layer, name) of rows of one protocol.
-
-    A seed counts once, with the mean over its runs.
-    """
+    """Return the estimate of each (label, layer, name) of rows of one protocol; a seed counts once, with its mean."""
     values: dict[tuple[str, str, str], dict[int | None, dict[str | None, float]]] = {}
     for item in rows:
         key = (item.label, item.row["layer"], item.row["name"])

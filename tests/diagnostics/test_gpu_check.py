@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysl.diagnostics import compilation, decoding, gpu_check
+from raysl.diagnostics import decoding, gpu_check
 from raysl.diagnostics.bench import Bench
 from tests.data import make_dataset
 
@@ -23,7 +23,7 @@ def test_the_flag_is_that_of_the_faster_step(
     bench = Bench(make_dataset(tmp_path / "set", 40, side=32), on_gpu=False)
     measured = iter([eager_s, compiled_s])
     monkeypatch.setattr(bench, "seconds", lambda _: next(measured))
-    found = compilation.compiled_step(bench)
+    found = gpu_check.compiled_step(bench)
     assert (found["flag"], found["faster"]) == (flag, "compiled" if flag == "--compile" else "eager")
     on_gpu = gpu_check.Certificate({"gpu": {"count": 1, "name": "X1"}}, {"compile": found})
     assert f"Use {flag}: a step takes" in gpu_check._page(on_gpu)

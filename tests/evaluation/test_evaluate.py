@@ -15,7 +15,7 @@ from raysl.cli.verbs import probe as command
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation import evaluate
-from raysl.evaluation.evaluate import probe, probe_model
+from raysl.evaluation.evaluate import probe, probe_encoder
 from raysl.evaluation.results import protocol_hash, rows_of, tables
 from raysl.extraction import FeatureProtocol, encoder_by_name
 from raysl.ingestion.subset import subset
@@ -121,7 +121,7 @@ def test_a_run_in_a_read_only_folder_is_probed_into_another(
     assert rows_of(source) == before
     assert (out / "features").list()
     with pytest.raises(UserError, match="holds results of another model"):
-        probe_model(encoder_by_name("random", BackboneConfig()), "x", train, test, out=str(out))
+        probe_encoder(encoder_by_name("random", BackboneConfig()), "x", train, test, out=str(out))
 
 
 def test_all_layers_by_probes_of_every_kind(run: tuple[Run, str, str]) -> None:
@@ -170,16 +170,16 @@ def test_rows_are_kept_though_a_later_probe_fails(run: tuple[Run, str, str], tmp
     configs = {"lowshot": Lowshot(ks=(100,))}
     names = ["knn", "lowshot", "collapse"]
     with pytest.raises(UserError, match=r"--lowshot\.ks begins with 100"):
-        probe_model(source, "random", *run[1:], probes=names, out=out, image_size=16, configs=configs)
+        probe_encoder(source, "random", *run[1:], probes=names, out=out, image_size=16, configs=configs)
     kept = rows_of(Run(Folder(out)))
     assert {row["probe"] for row in kept} == {"knn"}
-    assert kept == probe_model(source, "random", *run[1:], probes=["knn"], out=out, image_size=16)
+    assert kept == probe_encoder(source, "random", *run[1:], probes=["knn"], out=out, image_size=16)
 
 
 def test_a_probe_that_is_refused_leaves_nothing(run: tuple[Run, str, str], tmp_path: Path) -> None:
     source, out = encoder_by_name("random", BackboneConfig()), tmp_path / "rows"
     with pytest.raises(UserError, match="does not exist"):
-        probe_model(source, "random", run[1], str(tmp_path / "nowhere"), probes=["knn"], out=str(out))
+        probe_encoder(source, "random", run[1], str(tmp_path / "nowhere"), probes=["knn"], out=str(out))
     assert not out.exists()
 
 
@@ -253,7 +253,7 @@ def test_a_model_that_is_not_a_run_has_rows_in_its_own_folder(
 ) -> None:
     out = str(tmp_path / "rows")
     source = encoder_by_name("random", BackboneConfig())
-    rows = probe_model(source, "random (small)", *run[1:], probes=["knn"], out=out, image_size=16)
+    rows = probe_encoder(source, "random (small)", *run[1:], probes=["knn"], out=out, image_size=16)
     assert {row["encoder"] for row in rows} == {"random"}
     assert rows_of(Run(Folder(out))) == rows
     assert tables(rows)
@@ -264,6 +264,6 @@ def test_a_model_that_is_not_a_run_has_rows_in_its_own_folder(
         (row["name"], row["value"], row["protocol"]) for row in own
     }
     with pytest.raises(UserError, match="another model"):
-        probe_model(source, "another", *run[1:], out=out, image_size=16)
+        probe_encoder(source, "another", *run[1:], out=out, image_size=16)
     with pytest.raises(UserError, match="--out"):
-        probe_model(source, "random", *run[1:])
+        probe_encoder(source, "random", *run[1:])

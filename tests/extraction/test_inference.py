@@ -231,7 +231,7 @@ def test_code_that_only_the_settings_of_an_export_name_is_not_run(tmp_path: Path
             call(str(tmp_path))
     (tmp_path / SETTINGS).unlink()
     (tmp_path / "config.json").write_text(json.dumps({"architecture": f"../{tmp_path}/net.py:Net"}))
-    no_network = r"is no network of timm\)\. Give the backbone"
+    no_network = r"is no network of timm\. Give the backbone"
     with pytest.raises(UserError, match=no_network):
         load(str(tmp_path))
     with pytest.raises(UserError, match=no_network):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from raysl import probes
 from raysl.backbone.network import BackboneConfig
 from raysl.extraction.encoders import RandomBackbone
-from raysl.probes import Labelled, _tiles, knn, linear
+from raysl.probes import Labelled, knn, linear
 from raysl.ray_cluster import gpus
 from tests.pretended_cuda import CUDA, OnDevice, pretended
 
@@ -34,7 +35,7 @@ def test_a_probe_gives_the_results_of_the_cpu(
     name: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(knn, "_TRAIN_TILE", 50)
-    monkeypatch.setattr(_tiles, "_SHARE", share)
+    monkeypatch.setattr(probes, "_SHARE", share)
     monkeypatch.setattr(knn, "_QUERY_TILE", 2)
     train, test = labelled(200, 0), labelled(60, 1)
     expected = {row.name: row.value for row in PROBES[name].run(train, test)}
@@ -51,7 +52,7 @@ def test_an_image_is_not_its_own_neighbour_in_any_tile(share: float, monkeypatch
     expected = {row.name: row.value for row in PROBES["knn"].run(train, train)}
     monkeypatch.setattr(knn, "_TRAIN_TILE", 50)
     monkeypatch.setattr(knn, "_QUERY_TILE", 3)
-    monkeypatch.setattr(_tiles, "_SHARE", share)
+    monkeypatch.setattr(probes, "_SHARE", share)
     monkeypatch.setattr(gpus, "device", lambda: CUDA)
     with pretended():
         found = {row.name: row.value for row in PROBES["knn"].run(train, train)}

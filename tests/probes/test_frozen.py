@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from raysl.errors import UserError
 from raysl.probes import Labelled, Row
-from raysl.probes import _frozen as frozen
-from raysl.probes._frozen import StoredFeatures, measure_layers
+from raysl.probes import _task as frozen
+from raysl.probes._task import StoredFeatures, measure_layers
 from raysl.probes.collapse import Collapse
 from raysl.probes.collapse import Config as CollapseConfig
 from raysl.probes.knn import Config as KnnConfig

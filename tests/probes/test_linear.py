@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from raysl.probes import Labelled, _tiles, linear
+from raysl.probes import Labelled, Tiles, linear, tile_rows
 
 # All rows in one tile.
-WHOLE = _tiles.Tiles(torch.device("cpu"), 1 << 30)
+WHOLE = Tiles(torch.device("cpu"), 1 << 30)
 
 
 def blobs(n: int, classes: int = 4, seed: int = 0, dim: int = 10) -> Labelled:
@@ -138,7 +138,7 @@ def test_several_tiles_give_the_solution_of_one(weight_decay: float) -> None:
     features_nd, labels_n = standardised(blobs(601))
     found = {}
     for rows in (len(labels_n), 150):
-        fit = linear.Fit(features_nd, 4, linear.Config(), _tiles.Tiles(torch.device("cpu"), rows))
+        fit = linear.Fit(features_nd, 4, linear.Config(), Tiles(torch.device("cpu"), rows))
         found[rows] = fit(features_nd, labels_n, weight_decay, fit.zero())
     whole, tiled = found.values()
     torch.testing.assert_close(tiled.weights_cd, whole.weights_cd, atol=1e-3, rtol=1e-3)
@@ -150,6 +150,6 @@ def test_the_tiles_are_those_of_a_gpu_that_is_too_small(monkeypatch: pytest.Monk
     rows = {}
     for num_bytes in (10**6, 800_000, 799_999):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, total=num_bytes: (0, total))
-        rows[num_bytes] = _tiles.tile_rows(features_nd, gpu)
+        rows[num_bytes] = tile_rows(features_nd, gpu)
     assert rows == {10**6: 1000, 800_000: 1000, 799_999: 124}
-    assert _tiles.tile_rows(features_nd, torch.device("cpu")) == 1000
+    assert tile_rows(features_nd, torch.device("cpu")) == 1000

@@ -97,7 +97,8 @@ def test_a_class_without_train_images_has_zero_and_one_without_test_images_is_le
 
 
 def test_missing_scikit_learn_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for name in ("sklearn.svm", "sklearn.model_selection"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"in the extra 'eval': .* pip install"):
         list(svm.Svm(svm.Config()).run(several(20, 0), several(20, 1)))
 

@@ -294,15 +294,15 @@ def files_ending(place: Place, suffixes: tuple[str, ...]) -> list[File]:
     return [file for file in files if file.path.lower().endswith(suffixes)]
 
 
-def read_split(place: Place, files: list[File], kind: str, inner: bool = False) -> tuple[list[File], Found]:
+def read_split(place: Place, files: list[File], kind: str) -> tuple[list[File], Found]:
     """Return the files of the split that is read, and what was found, in which files of other kinds are left out.
 
-    If `inner`, and no name of a file tells a split, the split may be one inside of the files.
+    If no name of a file tells a split, the split may be one inside of the files.
     """
     by_path = {file.path: file for file in files}
     splits = by_split(by_path)
     named = sorted(splits.keys() - {""})
-    split = "" if inner and not named else choose_split(place, named)
+    split = choose_split(place, named) if named else ""
     found = Found("", splits=tuple(named), split=split)
     if place.is_folder:
         survey, left_out = place.survey

@@ -121,7 +121,7 @@ class Source:
         self._place = place
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []
-        self._files, self.found = read_split(place, files_ending(place, _SUFFIXES), ARCHIVE, inner=True)
+        self._files, self.found = read_split(place, files_ending(place, _SUFFIXES), ARCHIVE)
         self._split = split = self.found.split
         with ThreadPoolExecutor(8) as pool:
             self._listings = list(pool.map(lambda file: _list(place, file.path), self._files))

@@ -90,7 +90,7 @@ class Source:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._files, self.found = read_split(place, _files(place), TABLE, inner=True)
+        self._files, self.found = read_split(place, _files(place), TABLE)
         self._only: tuple[str, str] | None = None
         kinds = {file.path.rpartition(".")[2] or place.uri.rpartition(".")[2] for file in self._files}
         many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
