@@ -442,6 +442,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes-search": lambda: _recipes("search"),
     "recipes-search-more": lambda: _recipes("search-more"),
     "recipes-search-optimisers": lambda: _recipes("search-optimisers"),
+    "recipes-search-tiny": lambda: _recipes("search-tiny"),
     "recipes-sweep": _swept,
     "recipes-ten": lambda: _recipes("ten"),
     "recipes-thirty": lambda: _recipes("thirty"),
