@@ -29,17 +29,11 @@ _FOR_MACHINE = tyro.conf.arg(help_behavior_hint="(default: chosen from images an
 
 @dataclass(frozen=True)
 class Parsed:
-    """The flags of a run.
+    """The flags of a run."""
 
-    Args:
-        given: fields from flags or a recipe; see `raysl.config.defaults.resolve`.
-        config: the same, completed with the defaults of the classes.
-        beside: the additional dataclasses of `parse`, by name.
-    """
-
-    given: dict[str, Any]
-    config: Pretraining
-    beside: dict[str, Any]
+    given: dict[str, Any]  # fields from flags or a recipe; see `raysl.config.defaults.resolve`
+    config: Pretraining  # the same, completed with the defaults of the classes
+    beside: dict[str, Any]  # the additional dataclasses of `parse`, by name
 
 
 def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:

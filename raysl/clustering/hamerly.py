@@ -30,21 +30,14 @@ _ROUNDING = 4e-6
 
 @dataclass(frozen=True)
 class HamerlyBounds:
-    """Results of a pass that the next pass needs.
+    """Results of a pass that the next pass needs."""
 
-    Args:
-        centroids_kd: centroids of the pass.
-        assigned_n: int32 (n,), nearest centroid.
-        own_n: float32 (n,), distance to it.
-        other_n: float32 (n,), lower bound of the distance to all others; None if only the nearest was searched.
-        moved: rows in another cluster than in the pass before; None if unknown.
-    """
-
-    centroids_kd: NDArray[np.float32]
-    assigned_n: NDArray[np.int32]
-    own_n: NDArray[np.float32]
+    centroids_kd: NDArray[np.float32]  # centroids of the pass
+    assigned_n: NDArray[np.int32]  # int32 (n,), nearest centroid
+    own_n: NDArray[np.float32]  # float32 (n,), distance to it
+    # float32 (n,), lower bound of the distance to all others; None if only the nearest was searched.
     other_n: NDArray[np.float32] | None
-    moved: int | None
+    moved: int | None  # rows in another cluster than in the pass before; None if unknown
 
 
 class Assigner:

@@ -43,25 +43,15 @@ def sample(total: int, count: int, key: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Shard:
-    """The share of a k-means worker.
+    """The share of a k-means worker."""
 
-    Args:
-        store: the features.
-        pieces: rows of this worker.
-        threads: threads of FAISS.
-        on_gpu: search on the GPU that Ray assigns to this worker.
-        memory_bytes: larger shards are read from disk in every pass.
-        fit: positions that centroids are fitted to; None for all.
-        spherical: whether centroids have norm 1.
-    """
-
-    store: FeatureStore
-    pieces: tuple[Piece, ...]
-    threads: int
-    on_gpu: bool
-    memory_bytes: int
-    fit: SampleArguments | None
-    spherical: bool
+    store: FeatureStore  # the features
+    pieces: tuple[Piece, ...]  # rows of this worker
+    threads: int  # threads of FAISS
+    on_gpu: bool  # search on the GPU that Ray assigns to this worker
+    memory_bytes: int  # larger shards are read from disk in every pass
+    fit: SampleArguments | None  # positions that centroids are fitted to; None for all
+    spherical: bool  # whether centroids have norm 1
 
     @property
     def num_rows(self) -> int:
@@ -80,21 +70,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class PassStats:
-    """Statistics of a pass over a shard, or over all shards.
+    """Statistics of a pass over a shard, or over all shards."""
 
-    Args:
-        counts_k: rows of each cluster.
-        objective: sum of squared distances, float64.
-        moved: rows in another cluster than in the previous pass; None if unknown.
-        busy_s: seconds of work.
-        computed: computed distances, as a share of rows times clusters; see `hamerly`.
-    """
-
-    counts_k: NDArray[np.int64]
-    objective: float
-    moved: int | None
-    busy_s: float
-    computed: float
+    counts_k: NDArray[np.int64]  # rows of each cluster
+    objective: float  # sum of squared distances, float64
+    moved: int | None  # rows in another cluster than in the previous pass; None if unknown
+    busy_s: float  # seconds of work
+    computed: float  # computed distances, as a share of rows times clusters; see `hamerly`
 
 
 class KMeansWorker:

@@ -19,19 +19,14 @@ _REMEDY = f"Delete {STATE}; the clustering then starts again."
 
 @dataclass
 class State:
-    """The progress after an iteration, written atomically.
+    """The progress after an iteration, written atomically."""
 
-    Args:
-        restart: number of the current start.
-        centroids_kd: centroids of the next iteration; None before the first of a start.
-        curves: one list for each start, with an entry for each iteration.
-        best_kd: centroids of the best finished start.
-    """
-
-    restart: int = 0
+    restart: int = 0  # number of the current start
+    # Centroids of the next iteration; None before the first of a start.
     centroids_kd: NDArray[np.float32] | None = None
+    # One list for each start, with an entry for each iteration.
     curves: list[list[dict[str, Any]]] = field(default_factory=lambda: [[]])
-    best_kd: NDArray[np.float32] | None = None
+    best_kd: NDArray[np.float32] | None = None  # centroids of the best finished start
 
     def best_restart(self) -> int:
         """Return the number of the start with the lowest final objective."""

@@ -41,17 +41,11 @@ _MANY = 1 << 31
 
 @dataclass(frozen=True)
 class Choice:
-    """A value that was chosen for a field.
+    """A value that was chosen for a field."""
 
-    Args:
-        name: dotted name of the field, such as "view.image_size".
-        value: the value.
-        reason: why, as the end of a sentence; empty when the value needs none.
-    """
-
-    name: str
-    value: Any
-    reason: str = ""
+    name: str  # dotted name of the field, such as "view.image_size"
+    value: Any  # the value
+    reason: str = ""  # why, as the end of a sentence; empty when the value needs none
 
     def __str__(self) -> str:
         reason = f" ({self.reason})" if self.reason else ""

@@ -13,14 +13,10 @@ from raysl.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Method:
-    """The parts of a name such as "pirl-jigsaw", "pirl-rotation+jigsaw" or "multitask-rotation,jigsaw".
+    """The parts of a name such as "pirl-jigsaw", "pirl-rotation+jigsaw" or "multitask-rotation,jigsaw"."""
 
-    Args:
-        objective: the part before the first "-".
-        pretext: the transforms: "+" applies one after the other, "," separates tasks; empty without transforms.
-    """
-
-    objective: str
+    objective: str  # the part before the first "-"
+    # The transforms: "+" applies one after the other, "," separates tasks; empty without transforms.
     pretext: str
 
     @property

@@ -32,19 +32,12 @@ Observations = Mapping[tuple[str, str, str], Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Term:
-    """A result that takes part in a contrast.
+    """A result that takes part in a contrast."""
 
-    Args:
-        label: method, "untrained", or the value of a sweep such as "lambda=0.5".
-        measure: see `observations`.
-        layer: layer of the features.
-        sign: 1 or -1.
-    """
-
-    label: str
-    measure: str
-    layer: str = "pooled"
-    sign: int = 1
+    label: str  # method, "untrained", or the value of a sweep such as "lambda=0.5"
+    measure: str  # see `observations`
+    layer: str = "pooled"  # layer of the features
+    sign: int = 1  # 1 or -1
 
     def __neg__(self) -> Term:
         return replace(self, sign=-self.sign)
@@ -52,15 +45,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A sum of results that a claim says is positive.
+    """A sum of results that a claim says is positive."""
 
-    Args:
-        says: description for people, without the number.
-        terms: the results.
-    """
-
-    says: str
-    terms: tuple[Term, ...]
+    says: str  # description for people, without the number
+    terms: tuple[Term, ...]  # the results
 
     def by_seed(self, found: Observations) -> dict[int, float]:
         """Return the value for each seed that has all results."""

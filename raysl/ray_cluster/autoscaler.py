@@ -26,19 +26,12 @@ Node = dict[str, float]
 
 @dataclass(frozen=True)
 class NodeType:
-    """A type of machine that an autoscaler can start.
+    """A type of machine that an autoscaler can start."""
 
-    Args:
-        name: name in the configuration.
-        resources: resources of one machine: CPU, GPU, memory in bytes.
-        most: maximum number of machines of this type.
-        usd_per_hour: price of one machine from its label; None without a label.
-    """
-
-    name: str
-    resources: Node
-    most: int
-    usd_per_hour: float | None = None
+    name: str  # name in the configuration
+    resources: Node  # resources of one machine: CPU, GPU, memory in bytes
+    most: int  # maximum number of machines of this type
+    usd_per_hour: float | None = None  # price of one machine from its label; None without a label
 
     @staticmethod
     def of(name: str, kind: Mapping[str, Any], most: int) -> NodeType:
@@ -55,17 +48,11 @@ class NodeType:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The capacity that a cluster can grow to.
+    """The capacity that a cluster can grow to."""
 
-    Args:
-        types: types of its workers, in the order of the autoscaler's preference.
-        most: maximum number of workers of all types together.
-        head: type of the machine that drivers run on.
-    """
-
-    types: tuple[NodeType, ...]
-    most: int
-    head: NodeType
+    types: tuple[NodeType, ...]  # types of its workers, in the order of the autoscaler's preference
+    most: int  # maximum number of workers of all types together
+    head: NodeType  # type of the machine that drivers run on
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Capacity:

@@ -22,17 +22,11 @@ _ROOMY_CPUS = 2.0
 
 @dataclass(frozen=True)
 class Machines:
-    """The machines of a cluster.
+    """The machines of a cluster."""
 
-    Args:
-        now: {"CPU": n, "GPU": n, "memory": bytes} of each running machine.
-        later: machines that the autoscaler can start, in the order of its preference.
-        room: largest number of them at a time.
-    """
-
-    now: tuple[Node, ...]
-    later: tuple[Node, ...] = ()
-    room: int = 0
+    now: tuple[Node, ...]  # {"CPU": n, "GPU": n, "memory": bytes} of each running machine
+    later: tuple[Node, ...] = ()  # machines that the autoscaler can start, in the order of its preference
+    room: int = 0  # largest number of them at a time
 
     @property
     def has_gpus(self) -> bool:
@@ -80,21 +74,13 @@ def assigned_cpus() -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """Resources of the trainers and their data tasks.
+    """Resources of the trainers and their data tasks."""
 
-    Args:
-        cpus_per_worker: logical CPUs of a trainer.
-        gpus_per_worker: GPUs of a trainer.
-        share: CPUs of the data tasks of one trainer.
-        threads_per_worker: CPU threads of a trainer.
-        slot: CPUs of one machine that are left to a trainer and its data tasks together.
-    """
-
-    cpus_per_worker: float
-    gpus_per_worker: float
-    share: DataShare
-    threads_per_worker: int
-    slot: float = 1.0
+    cpus_per_worker: float  # logical CPUs of a trainer
+    gpus_per_worker: float  # GPUs of a trainer
+    share: DataShare  # CPUs of the data tasks of one trainer
+    threads_per_worker: int  # CPU threads of a trainer
+    slot: float = 1.0  # CPUs of one machine that are left to a trainer and its data tasks together
 
     def resources(self) -> dict[str, float]:
         """Return the resources of a worker for Ray Train."""

@@ -24,15 +24,11 @@ _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class FeatureForm:
-    """Format of features on disk.
+    """Format of features on disk."""
 
-    Args:
-        dtype: of the numbers. A file with numbers outside of the range of float16 is float32 in either case.
-        l2: divide every row by its norm plus 1e-5, before rounding.
-    """
-
+    # Of the numbers. A file with numbers outside of the range of float16 is float32 in either case.
     dtype: Literal["float32", "float16"] = "float32"
-    l2: bool = False
+    l2: bool = False  # divide every row by its norm plus 1e-5, before rounding
 
 
 def part_file(part: Part) -> str:

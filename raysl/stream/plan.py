@@ -32,23 +32,15 @@ WINDOW_BYTES = 8 << 20
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of the images of a run. Plans are compared by identity, because the list of row groups may be long.
+    """The order of the images of a run. Plans are compared by identity, because the list of row groups may be long."""
 
-    Args:
-        row_group_starts: int64 (groups + 1,), see `DataSet.row_group_starts`.
-        batch_size: images in the global batch.
-        seed: seed of the run.
-        groups_per_window: row groups per window.
-        stretch: steps that share a piece of the order.
-        num_steps: steps of the run.
-    """
-
+    # int64 (groups + 1,), see `DataSet.row_group_starts`.
     row_group_starts: NDArray[np.int64] = field(repr=False)
-    batch_size: int
-    seed: int
-    groups_per_window: int
-    stretch: int
-    num_steps: int
+    batch_size: int  # images in the global batch
+    seed: int  # seed of the run
+    groups_per_window: int  # row groups per window
+    stretch: int  # steps that share a piece of the order
+    num_steps: int  # steps of the run
 
     @staticmethod
     def of(dataset: DataSet, batch_size: int, seed: int, epochs: float) -> Plan:

@@ -179,17 +179,11 @@ def _parts(columns: Columns) -> dict[str, Columns]:
 
 @dataclass(frozen=True)
 class Subscriber:
-    """A run's access to a shared stream. Picklable.
+    """A run's access to a shared stream. Picklable."""
 
-    Args:
-        run: unique name of the run.
-        actors: the actors by rank.
-        view_keys: result of `view_keys` for the run's stream.
-    """
-
-    run: str
-    actors: tuple[Any, ...]
-    view_keys: Mapping[str, str]
+    run: str  # unique name of the run
+    actors: tuple[Any, ...]  # the actors by rank
+    view_keys: Mapping[str, str]  # result of `view_keys` for the run's stream
 
     def take(self, rank: int, step: int, names: Collection[str]) -> Columns | None:
         """Return the columns of views of a batch; None if the run should use its own stream."""

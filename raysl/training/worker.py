@@ -44,23 +44,17 @@ OUT_OF_MEMORY = "A training worker ran out of GPU memory. Lower --batch-size, or
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to train; it is sent to the worker by pickle.
-
-    Args:
-        progress_actor: the actor that the workers post to; None without one.
-        until: the step to stop after, with a checkpoint; None for the end of the plan.
-        subscriber: access to a stream that is shared with other runs; None if the run reads its own stream.
-        timeout_s: time for an exchange between the workers.
-    """
+    """Everything a worker needs to train; it is sent to the worker by pickle."""
 
     config: dict[str, Any]
     run: Run
     dataset: DataSet
     placement: Placement
-    progress_actor: Any = None
-    until: int | None = None
+    progress_actor: Any = None  # the actor that the workers post to; None without one
+    until: int | None = None  # the step to stop after, with a checkpoint; None for the end of the plan
+    # Access to a stream that is shared with other runs; None if the run reads its own stream.
     subscriber: shared.Subscriber | None = None
-    timeout_s: int = 1800
+    timeout_s: int = 1800  # time for an exchange between the workers
 
 
 def to_build(config: Pretraining, run: Run) -> Pretraining:

@@ -48,22 +48,14 @@ Row = dict[str, Any]
 
 @dataclass
 class _TrialState:
-    """The state of a trial.
+    """The state of a trial."""
 
-    Args:
-        trial: the trial as Ray Tune knows it.
-        results: its results, one for each rung.
-        delivered: number of results that the inner scheduler has got. A failure counts as a result.
-        failed: whether the trial failed after its last result.
-        crashes: errors of its actors since its last result.
-        outcome: "finished", "stopped" or "failed", once the inner scheduler knows that the trial has ended; "" before.
-    """
-
-    trial: Trial
-    results: list[Result] = field(default_factory=list)
-    delivered: int = 0
-    failed: bool = False
-    crashes: int = 0
+    trial: Trial  # the trial as Ray Tune knows it
+    results: list[Result] = field(default_factory=list)  # its results, one for each rung
+    delivered: int = 0  # number of results that the inner scheduler has got. A failure counts as a result.
+    failed: bool = False  # whether the trial failed after its last result
+    crashes: int = 0  # errors of its actors since its last result
+    # "finished", "stopped" or "failed", once the inner scheduler knows that the trial has ended; "" before.
     outcome: str = ""
 
     @property

@@ -39,42 +39,26 @@ _MAX_COPY_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Task:
-    """What all trials of a sweep share. Picklable.
+    """What all trials of a sweep share. Picklable."""
 
-    Args:
-        base: configuration of every run, except what varies, the seed and the folder.
-        images: pretraining images.
-        out: folder of the sweep; runs are in `trials/NAME/seed-S` inside.
-        train: labelled data that the probe learns from.
-        validation: labelled data that trials are compared on.
-        probe: name of the probe.
-        seeds: seeds of each trial.
-        shares: shares of the schedule at the rungs; the last is 1.
-        trials_at_once: trials at the same time.
-        seeds_at_once: runs of one trial at the same time.
-        placement: CPUs and GPUs of the trainers of a run.
-        keep_rungs: keep the checkpoints of the last two rungs, so that other trials can copy them.
-        known: results of earlier sessions by trial name and rung, which are not measured again.
-        failures: reasons of the trials that failed in earlier sessions, by name.
-        broker: actor that shares streams; see `raysl.tuning.shared_streams`. None without sharing.
-        messages: a `ray.util.queue.Queue` that gets (level, text) of what the runs log; None for no messages.
-    """
-
-    base: Pretraining
-    images: DataSet
-    out: str
-    train: DataSet
-    validation: DataSet
-    probe: str
-    seeds: tuple[int, ...]
-    shares: tuple[float, ...]
-    trials_at_once: int
-    seeds_at_once: int
-    placement: Placement
-    keep_rungs: bool = True
+    base: Pretraining  # configuration of every run, except what varies, the seed and the folder
+    images: DataSet  # pretraining images
+    out: str  # folder of the sweep; runs are in `trials/NAME/seed-S` inside
+    train: DataSet  # labelled data that the probe learns from
+    validation: DataSet  # labelled data that trials are compared on
+    probe: str  # name of the probe
+    seeds: tuple[int, ...]  # seeds of each trial
+    shares: tuple[float, ...]  # shares of the schedule at the rungs; the last is 1
+    trials_at_once: int  # trials at the same time
+    seeds_at_once: int  # runs of one trial at the same time
+    placement: Placement  # CPUs and GPUs of the trainers of a run
+    keep_rungs: bool = True  # keep the checkpoints of the last two rungs, so that other trials can copy them
+    # Results of earlier sessions by trial name and rung, which are not measured again.
     known: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    # Reasons of the trials that failed in earlier sessions, by name.
     failures: Mapping[str, str] = field(default_factory=dict)
-    broker: Any = None
+    broker: Any = None  # actor that shares streams; see `raysl.tuning.shared_streams`. None without sharing.
+    # A `ray.util.queue.Queue` that gets (level, text) of what the runs log; None for no messages.
     messages: Any = None
 
     @property

@@ -29,25 +29,15 @@ _MAX_CORNERS = 256
 
 @dataclass(frozen=True)
 class Dimension:
-    """The values that one field takes: a list, or an interval.
+    """The values that one field takes: a list, or an interval."""
 
-    Args:
-        name: dotted name of the field, as on the command line: "pirl.lam".
-        values: the choices, in order; empty for an interval.
-        low: least value of the interval.
-        high: greatest value of the interval.
-        whole: the interval holds whole numbers only.
-        log: values are drawn on a logarithmic scale.
-        mutable: the value may change in the middle of a run.
-    """
-
-    name: str
-    values: tuple[Any, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
-    whole: bool = False
-    log: bool = False
-    mutable: bool = False
+    name: str  # dotted name of the field, as on the command line: "pirl.lam"
+    values: tuple[Any, ...] = ()  # the choices, in order; empty for an interval
+    low: float = 0.0  # least value of the interval
+    high: float = 0.0  # greatest value of the interval
+    whole: bool = False  # the interval holds whole numbers only
+    log: bool = False  # values are drawn on a logarithmic scale
+    mutable: bool = False  # the value may change in the middle of a run
 
     def __str__(self) -> str:
         tried = ", ".join(map(str, self.values)) or f"{self.low:g} to {self.high:g}"
