@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -170,6 +171,11 @@ def as_class_of_folder(value: str) -> str:
     return "" if text == _NULL_OF_HIVE or re.fullmatch(r"-\d+", text) else text
 
 
+def composed(name: str) -> str:
+    """Return a name with accents as parts of their letters (NFC). Macs store them apart, which looks the same."""
+    return unicodedata.normalize("NFC", name)
+
+
 @dataclass
 class Classes:
     """The classes of a source, counted while its labels are read."""
@@ -184,11 +190,11 @@ class Classes:
             if label is None:
                 self.unlabelled = self.unlabelled or first
             else:
-                self.counts[label] += 1
+                self.counts[composed(label)] += 1
 
     def ordered(self) -> dict[str, int]:
         """Return the images of each class, in the order of the source where it names its classes, or else sorted."""
-        named = dict.fromkeys(self.names)
+        named = dict.fromkeys(map(composed, self.names))
         is_number = all(name.isascii() and name.isdigit() for name in self.counts)
         others = sorted(self.counts.keys() - named.keys())
         if is_number:

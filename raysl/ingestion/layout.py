@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from raysl.ingestion.found import Found, LeftOut, printable
+from raysl.ingestion.labels import composed
 from raysl.ingestion.listing import IMAGE, NOTES, TABLE, Survey, join
 
 Labels = Literal["auto", "folders", "none"]
@@ -66,7 +67,7 @@ class Layout:
     excluded: set[str] = field(default_factory=set)  # folders below it that are not read
     classes_in: str | None = None  # folder that holds the class folders; None if folders are no classes
     inner_split: str = ""  # split inside of every class folder; "" if there is none
-    class_of: dict[str, str] | None = None  # class of an image by its path, for classes in a file
+    class_of: dict[str, str] | None = None  # class of an image by its composed path, for classes in a file
     masks_beside: Callable[[str], bool] | None = None  # True for 0001_mask.png beside 0001.png
 
     def label(self, path: str) -> str | None:
@@ -77,7 +78,7 @@ class Layout:
         if self.masks_beside and self.masks_beside(path):
             raise Skip(_OTHER_PICTURES)
         if self.class_of is not None:
-            return self.class_of.get(path)
+            return self.class_of.get(composed(path))
         if self.classes_in is None:
             return None
         rest = path[len(self.classes_in) + 1 :] if self.classes_in else path

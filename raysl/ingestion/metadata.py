@@ -68,9 +68,9 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
 
 
 def _by_file(files: list[str], classes: list[str | None]) -> dict[str, str]:
-    """Return the class of every file that has one. Raises NoClassesError if a file has several."""
+    """Return the class of each file by its composed name. Raises NoClassesError if a file has several."""
     class_of: dict[str, str] = {}
-    for file, name in zip(files, classes, strict=True):
+    for file, name in zip(map(labels.composed, files), classes, strict=True):
         if name is not None and class_of.setdefault(file, name) != name:
             raise labels.NoClassesError(
                 f"names {printable(file)} as {class_of[file]!r} and as {name!r}, and a data set "

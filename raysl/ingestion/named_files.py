@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -57,7 +58,7 @@ def read_named(spec: Mapping[str, Any], name: str | None, label: str | None) -> 
         why = "lies outside of the table's folder: --follow-links reads it"
         return Row(None, label, printable(name), why)
     try:
-        return Row(read_bytes("" if name.startswith("/") else folder, name), label, printable(name))
+        return Row(_read("" if name.startswith("/") else folder, name), label, printable(name))
     except FileNotFoundError:
         return Row(None, label, printable(name), "does not exist")
     except (PermissionError, NotADirectoryError, IsADirectoryError, ValueError) as error:
@@ -66,3 +67,11 @@ def read_named(spec: Mapping[str, Any], name: str | None, label: str | None) -> 
         if error.errno not in _IMPOSSIBLE:
             raise
         return Row(None, label, printable(name), f"cannot be read: {error.strerror}")
+
+
+def _read(folder: str, name: str) -> bytes:
+    """Return the content of a file, also if its name has its accents apart from their letters, as on a Mac."""
+    for form in dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))):
+        with suppress(FileNotFoundError):
+            return read_bytes(folder, form)
+    raise FileNotFoundError(name)

@@ -19,6 +19,7 @@ from raysl.dataset import SHARDS, Shard, parquet_writer
 from raysl.dataset.clips import COLUMNS, TRUTH
 from raysl.errors import UserError, explained
 from raysl.ingestion.images import Tally, stored
+from raysl.ingestion.labels import composed
 from raysl.ingestion.sources import Row, UnitSize, in_units
 from raysl.storage import Folder
 from raysl.storage.parquet_parts import footer
@@ -110,7 +111,7 @@ def write(
     """
     bad, sizes, labels = list[tuple[str, str]](), list[int](), list[int | None]()
     unlabelled, with_sound = "", 0
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = {composed(name): number for number, name in enumerate(classes)}
     tally: Tally = {}
     digest = hashlib.blake2b(digest_size=16)
     rows = _of_source(rows)
@@ -119,7 +120,7 @@ def write(
     name, writer = f"{SHARDS}/{_file(unit)}", None
     with dest.writing(name) as stream:
         for group in _groups(rows, bad, rows_per_group):
-            of_group = [None if row.label is None else numbers.get(row.label) for row in group]
+            of_group = [None if row.label is None else numbers.get(composed(row.label)) for row in group]
             _hash_into(digest, group, of_group)
             table = _table(group, of_group if classes else [], base + sum(sizes))
             writer = writer or parquet_writer(stream, table.schema)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -499,3 +500,22 @@ def test_a_store_that_fails_once_is_asked_again(tmp_path: Path, monkeypatch: pyt
         assert len(table.groups) == 1
     with tar.opened(str(place), "b.tar") as (stream, kind):
         assert (stream.read(), kind) == (b"an archive", "")
+
+
+def test_accents_apart_from_their_letters_are_the_same_names(tmp_path: Path) -> None:
+    """As on a Mac: a folder's class, and the files that tables beside the images and lists of images name."""
+    together, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for name in (together, apart):
+        root = tmp_path / ascii(name).strip("'").replace("\\", "")
+        put(root, f"{name}/{name}.jpg", "tea/1.jpg")
+        dataset = ingest(str(root), str(tmp_path / f"set-{root.name}"))
+        assert dataset.manifest.classes == (together, "tea")
+        assert dataset.labels().tolist() == [0, 1]
+        other = apart if name == together else together
+        put(root / "flat", f"{name}.jpg")
+        (root / "flat/metadata.csv").write_text(f"file_name,label\n{other}.jpg,a\n")
+        (root / "flat/list.csv").write_text(f"file_name,label\n{other}.jpg,b\n")
+        for source, label in (("flat", "a"), ("flat/list.csv", "b")):
+            found, (row,) = opened(root / source)
+            assert (row.label, row.reason) == (label, "")
+            assert "labels of files that are not there" not in found.left_out.kinds

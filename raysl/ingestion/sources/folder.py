@@ -17,7 +17,7 @@ from typing import Any
 from raysl.errors import UserError
 from raysl.ingestion import layout, metadata, video
 from raysl.ingestion.found import LeftOut, printable
-from raysl.ingestion.labels import Classes
+from raysl.ingestion.labels import Classes, composed
 from raysl.ingestion.listing import VIDEO, File, Survey, files_below, kind_of, open_file, read_bytes
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split, in_units
 
@@ -77,7 +77,7 @@ class Source:
         for some in in_units(self._labelled(), size, lambda one: (1, one[0].num_bytes)):
             for file, label in some:
                 classes.add((label,), file.path)
-                missing.pop(file.path, None)
+                missing.pop(composed(file.path), None)
             self.found.images += len(some)
             runs = [(label, len(list(same))) for label, same in groupby(label for _, label in some)]
             paths = [file.path for file, _ in some]
