@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from raysl.backbone.network import Backbone
 from raysl.errors import UserError, package
 from raysl.storage import Folder, StorageError
+from raysl.storage.causes import web_answer
 
 _log = logging.getLogger("raysl.backbone")
 
@@ -96,8 +97,9 @@ def read_file(file: str) -> bytes:
     try:
         return Folder(place or "/").read(name)
     except (OSError, StorageError) as error:
+        why = web_answer(file) if file.startswith(("http://", "https://")) else error
         raise UserError(
-            f"The weights file {file!r} cannot be read: {error}. All machines of the cluster must see it: put it "
+            f"The weights file {file!r} cannot be read: {why}. All machines of the cluster must see it: put it "
             "into a folder that they share, or give a URI such as s3://BUCKET/FILE."
         ) from error
 

@@ -63,3 +63,17 @@ def reason(error: OSError) -> str:
     text = " ".join((error.strerror or str(error)).split())
     text = re.sub(r".*Detail: \[errno \d+\] |.*(?=is a directory$)", "", text)  # Of Arrow.
     return text[:300].rstrip(".")
+
+
+def web_answer(uri: str) -> str:
+    """Return why a server does not give a file. Whether a file exists, fsspec tells without the reason."""
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(uri)
+        system.cat_file(path, 0, 1)
+    except FileNotFoundError:
+        return "the server has no such file"
+    except Exception as error:  # Of the package that fsspec loads for the scheme.
+        return str(error).partition(", url=")[0].strip() or type(error).__name__
+    return "the server did not answer the first request"

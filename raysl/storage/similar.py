@@ -18,6 +18,8 @@ def similar_folder(missing: str, marker: str) -> str:
         missing: the name that was given, a path or a URI. Its siblings and what is in `runs/` are looked at too.
         marker: a file that the folder must hold, such as the metadata of a run.
     """
+    if missing.startswith(("http://", "https://")):  # Few web servers list their folders.
+        return ""
     with suppress(OSError, StorageError):
         there = [f"{missing.rstrip('/')}/{name}" for name in Folder(missing).list()[:_MOST]]
         if inside := [repr(folder) for folder in there if Folder(folder).exists(marker)]:

@@ -21,6 +21,7 @@ from raysl.backbone import external_weights, network
 from raysl.backbone.external_weights import load_weights_into
 from raysl.backbone.network import BackboneConfig, build
 from raysl.errors import UserError
+from raysl.extraction.inference import starting_weights
 
 State = dict[str, Tensor]
 
@@ -245,6 +246,15 @@ def test_other_files_are_refused_in_one_sentence(
         load_weights_into(Net(), "file.pth")
     check_message(str(caught.value))
     assert not (tmp_path / "owned").exists()
+
+
+def test_weights_of_a_server_that_does_not_answer_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "200")  # Nothing may wait for so long: a test ends before.
+    with pytest.raises(UserError, match=r"Cannot connect to host 127\.0\.0\.1:9"):
+        starting_weights("http://127.0.0.1:9/weights.pth")
 
 
 @pytest.mark.parametrize("held", [Net(), [1, 2], torch.zeros(3), {"epoch": 3}, {"model": Net()}])

@@ -20,7 +20,7 @@ from raysl.errors import UserError
 from raysl.ingestion import ingest, tables, tar
 from raysl.ingestion.found import of_kind
 from raysl.ingestion.listing import files_below
-from raysl.ingestion.sources import Place, UnitSize, open_source, read
+from raysl.ingestion.sources import Place, ReadConfig, UnitSize, open_source, read
 from raysl.storage import Folder
 from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused, write_tar
 
@@ -519,3 +519,12 @@ def test_accents_apart_from_their_letters_are_the_same_names(tmp_path: Path) -> 
             found, (row,) = opened(root / source)
             assert (row.label, row.reason) == (label, "")
             assert "labels of files that are not there" not in found.left_out.kinds
+
+
+@pytest.mark.parametrize("config", [ReadConfig(label_column="kind"), ReadConfig(image_column="kind")])
+def test_a_column_of_which_nothing_is_read_is_refused(tmp_path: Path, config: ReadConfig) -> None:
+    put(tmp_path, "ape/0.jpg", "zebra/1.jpg")
+    with pytest.raises(
+        UserError, match="-column 'kind' names a column of a table, and no such column is read"
+    ):
+        open_source(Place(str(tmp_path), config=config))

@@ -31,6 +31,7 @@ from raysl.ingestion.found import SEVERAL, Found, LeftOut, names_checked, unread
 from raysl.ingestion.layout import by_split
 from raysl.ingestion.listing import HEAD_BYTES, TABLE, File, Survey, files_below, is_folder, join, read_bytes
 from raysl.storage import HUB_LOGIN, Folder
+from raysl.storage.causes import web_answer
 
 T = TypeVar("T")
 
@@ -233,9 +234,9 @@ def open_source(place: Place) -> Opened:
         raise UserError(f"The file {place.uri!r} is of no known kind. {recognised()}")
     if place.uri.startswith(("http://", "https://", "ftp://")):
         raise UserError(
-            f"The source {place.uri!r} cannot be read: {_answer(place.uri)}. From the web, raysl reads single archives "
-            "and tables, and from s3://, gs:// and hf://datasets/OWNER/NAME also folders. Check the address, or "
-            "download the images and give the file or folder."
+            f"The source {place.uri!r} cannot be read: {web_answer(place.uri)}. From the web, raysl reads single "
+            "archives and tables, and from s3://, gs:// and hf://datasets/OWNER/NAME also folders. Check the address, "
+            "or download the images and give the file or folder."
         )
     if set("*?") & set(place.uri):
         raise UserError(f"The source {place.uri!r} is a pattern, and raysl takes one source. {SEVERAL}")
@@ -246,20 +247,6 @@ def open_source(place: Place) -> Opened:
         f"The source {place.uri!r} does not exist{nor}. {_nearest(place.uri)}`raysl ingest --help` lists what a source "
         "may be."
     )
-
-
-def _answer(uri: str) -> str:
-    """Return why a server does not give a file. Whether a file exists, fsspec tells without the reason."""
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(uri)
-        system.cat_file(path, 0, 1)
-    except FileNotFoundError:
-        return "the server has no such file"
-    except Exception as error:  # Of the package that fsspec loads for the scheme.
-        return str(error).partition(", url=")[0].strip() or type(error).__name__
-    return "the server did not answer the first request"
 
 
 def _nearest(uri: str) -> str:

@@ -65,7 +65,20 @@ class Source:
         elif labels == "auto":
             read = partial(read_bytes, place.uri)
             metadata.apply(read, self._survey, self._layout, place.config.label_column)
+        self._check_columns()
         self.name = str(replace(place, split=self.found.split))
+
+    def _check_columns(self) -> None:
+        """Raise UserError for columns that are named and of which nothing is read."""
+        config, labels = self._place.config, self.found.labels
+        unused = config.image_column and f"--image-column {config.image_column!r}"
+        if self._layout.class_of is None:
+            unused = unused or (config.label_column and f"--label-column {config.label_column!r}")
+        if unused:
+            raise UserError(
+                f"{unused} names a column of a table, and no such column is read of the folder {self._place.uri!r}: "
+                f"its labels are {labels}. Leave it out, or give the table as the source."
+            )
 
     def stamp(self) -> str:
         return self._survey.digest
