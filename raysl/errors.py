@@ -136,19 +136,21 @@ def install(extra: str) -> str:
     return f"It is in the extra {extra!r}: in the checkout of raysl, run `{command} -e '.[{extra}]'`."
 
 
-def package(module: str, what: str, extra: str, more: str = "") -> Any:
+def package(module: str, what: str, extra: str, more: str = "", name: str = "") -> Any:
     """Import a module of an optional package; raise UserError, which says how to install it, if that fails.
 
     Args:
         what: what needs the package, the subject of the sentence.
         extra: the extra of raysl that holds the package.
         more: added to the error.
+        name: of the package, where pip knows it by another than Python.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{what} needs the package {module.partition('.')[0]}, which is not installed. {install(extra)}{more}"
+            f"{what} needs the package {name or module.partition('.')[0]}, which is not installed. "
+            f"{install(extra)}{more}"
         ) from error
 
 

@@ -34,7 +34,7 @@ ONE_SOURCE = ("data", "train", "validation", "test")
 
 
 def dataset(data: Data) -> DataSet:
-    """Open a data set; another source is ingested into the cache first. Raises UserError if there are no images."""
+    """Open a data set; another source is ingested into the cache first. Raises UserError if none is there."""
     from raysl.dataset import DataSet
 
     if isinstance(data, DataSet):

@@ -237,10 +237,8 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
     own = _select(body, wanted, state, file)
     advice = "Give the backbone that the file was made for with --backbone.name, --backbone.stem and --backbone.norm."
     if missing := [key for key in wanted if key not in own]:
-        if re.search(r"-\d+-of-\d+\.\w+$", file):
-            advice = (
-                "It is one of several parts: write the weights of all parts into one file, and give that."
-            )
+        if re.search(r"-\d{5}-of-\d{5}\.(safetensors|bin)(\?|$)", file):
+            advice = f"It is one of several parts: write all of them into one file. {advice}"
         raise UserError(
             f"The weights file {file!r} lacks {len(missing)} weights of the backbone {name!r}: {_some(missing)}. "
             f"The names in it begin with {_some(_beginnings(state))}. {advice}"
@@ -272,9 +270,9 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
 
 
 def _is_odd(own: Tensor, expected: Tensor) -> bool:
-    """Return True for weights that cannot be copied, such as int8 codes, whose scale is stored elsewhere."""
-    is_other = expected.is_floating_point() and not own.is_floating_point()
-    return own.is_meta or own.is_sparse or own.is_quantized or is_other
+    """Return True for weights that cannot be copied, such as codes of 8 bits, whose scale is stored elsewhere."""
+    is_other = expected.is_floating_point() and not (own.is_floating_point() and own.itemsize > 1)
+    return own.is_meta or own.layout != torch.strided or own.is_quantized or is_other
 
 
 def _select(body: nn.Module, wanted: list[str], state: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class DoctorConfig(CheckedTop):
 
 
 def diagnose(given: DoctorConfig) -> Diagnosis:
-    """Check the GPUs, look at the cluster or measure a run, as the configuration says. Raises UserError as these."""
+    """Check the GPUs, look at the cluster or measure a run, as the configuration says. Raises as `look`, `examine`."""
     if given.gpu:
         ray_cluster.start()
         return gpu_check.check(resolve(given.data), given.out)

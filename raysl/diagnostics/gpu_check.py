@@ -68,16 +68,16 @@ def step_speed(bench: Bench) -> Numbers:
         step_s = bench.seconds(functools.partial(worker.update, model, batch, 1e-3))
         found[f"{name}_ms"] = 1e3 * step_s
         found[f"{name}_images_per_s"] = images / step_s
-        found |= _peak(name)
+        found |= _peak(bench, name)
     plain_s = bench.seconds(_plain_step(bench, first_batch(bench.worker())))
     found["plain_images_per_s"] = images / plain_s
     found["step_over_plain"] = float(found["bf16_ms"]) / (1e3 * plain_s)
     return found
 
 
-def _peak(name: str) -> Numbers:
-    """Return the most GPU memory that was taken since the last call; nothing without a GPU."""
-    if not torch.cuda.is_available():
+def _peak(bench: Bench, name: str) -> Numbers:
+    """Return the most GPU memory that was taken since the last call; nothing on the CPU."""
+    if bench.device.type != "cuda":
         return {}
     peak = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
@@ -97,7 +97,7 @@ def compiled_step(bench: Bench) -> Numbers:
             bench.finish()
             found[f"{name}_first_step_s"] = time.perf_counter() - started
             found[f"{name}_ms"] = 1e3 * bench.seconds(functools.partial(worker.update, model, batch, 1e-3))
-            found |= _peak(name)
+            found |= _peak(bench, name)
     faster = float(found["eager_ms"]) > _LEAST_GAIN * float(found["compiled_ms"])
     return {
         **found,

@@ -162,18 +162,18 @@ def _checked(row: Any) -> dict[str, Any]:
     """Return a row if its fields have the right types, so that no report fails on it. Raises ValueError or KeyError."""
     for name, kind in _TYPES.items():
         if not isinstance(row[name], kind):
-            raise ValueError(f"its {name} is {row[name]!r}")
+            raise ValueError(f"the {name} of a row is {row[name]!r}")
     if not math.isfinite(row["value"]):
         raise ValueError("a value is not a finite number")
     num_test = row.get("num_test", 0)
     if not isinstance(num_test, int) or isinstance(num_test, bool) or num_test < 0:
-        raise ValueError("its number of test images is not a whole number")
+        raise ValueError("the number of test images of a row is not a whole number")
     if not isinstance(row.get("weights"), str | int | float | None):
-        raise ValueError("its weights are neither a name nor a number")
+        raise ValueError("the weights of a row are neither a name nor a number")
     # A report takes the names of its files from these.
     for name in _TABLE_KEY:
         if not re.fullmatch(r"[\w-]*", row[name]):
-            raise ValueError(f"its {name} {row[name]!r} is not a word")
+            raise ValueError(f"the {name} of a row, {row[name]!r}, is not a word")
     return dict(row)
 
 

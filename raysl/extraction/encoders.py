@@ -85,7 +85,7 @@ class NetworkEncoder:
 
 @dataclass(frozen=True)
 class Trained(NetworkEncoder):
-    """The backbone of a run at one of its checkpoints. Raises UserError if it keeps no moving average to be named."""
+    """The backbone of a run at one of its checkpoints. Raises UserError if `name` is "momentum" and there is none."""
 
     run: Run
     checkpoint: Checkpoint

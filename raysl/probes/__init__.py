@@ -61,36 +61,58 @@ class Settings(Checked):
 
 @dataclass(frozen=True)
 class Labelled:
-    """The features and the labels of a data set."""
+    """The features and the labels of a data set.
 
-    features_nd: NDArray[np.float32]  # float32 (n, d), in index order
-    # int64 (n,), >= 0. If an image can show several classes: int64 (n, c), 1 for a class that the image shows, 0 for a
-    # class that it does not show, -1 for a class that is not judged ("difficult" in PASCAL VOC).
+    Args:
+        features_nd: float32 (n, d), in index order.
+        labels_n: int64 (n,), >= 0. If an image can show several classes: int64 (n, c), 1 for a class that the image
+            shows, 0 for a class that it does not show, -1 for a class that is not judged ("difficult" in PASCAL VOC).
+        fingerprint: fingerprint of the data set; empty if it has none.
+    """
+
+    features_nd: NDArray[np.float32]
     labels_n: NDArray[np.int64]
-    fingerprint: str = ""  # fingerprint of the data set; empty if it has none
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One result of a probe."""
+    """One result of a probe.
 
-    name: str  # name of the measure, such as "top1"
-    value: float  # finite; shares are in 0 .. 1
-    layer: str = ""  # the layer it belongs to; empty for the layer whose features the probe received
+    Args:
+        name: name of the measure, such as "top1".
+        value: finite; shares are in 0 .. 1.
+        layer: the layer it belongs to; empty for the layer whose features the probe received.
+    """
+
+    name: str
+    value: float
+    layer: str = ""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The input of an `EncoderProbe`. Small and picklable. Ray runs."""
+    """The input of an `EncoderProbe`. Small and picklable. Ray runs.
 
-    encoder: Encoder  # turns images into features; a `raysl.extraction.NetworkEncoder` can also be trained
-    layers: tuple[str, ...]  # the requested layers
-    image_size: int  # side of the evaluation view in pixels
-    train: DataSet  # images to learn from
-    test: DataSet  # images to score
-    seed: int  # seed of the run, for all random choices of the probe
-    folder: Folder  # folder for files that a report reads; each encoder, data set and protocol has its own
-    bn_statistics: str = KEPT  # "kept" or "reestimated"; see `raysl.evaluation.options.ProbeConfig`
+    Args:
+        encoder: turns images into features; a `raysl.extraction.NetworkEncoder` can also be trained.
+        layers: the requested layers.
+        image_size: side of the evaluation view in pixels.
+        train: images to learn from.
+        test: images to score.
+        seed: seed of the run, for all random choices of the probe.
+        folder: folder for files that a report reads; each encoder, data set and protocol has its own.
+        bn_statistics: "kept" or "reestimated"; see `raysl.evaluation.options.ProbeConfig`.
+    """
+
+    encoder: Encoder
+    layers: tuple[str, ...]
+    image_size: int
+    train: DataSet
+    test: DataSet
+    seed: int
+    folder: Folder
+    bn_statistics: str = KEPT
 
 
 @runtime_checkable
@@ -253,7 +275,12 @@ def check_labels(name: str, train_labels_n: NDArray[np.int64], *, same: bool) ->
 
 
 def check_features(features_nd: NDArray[np.float32], kind: str) -> None:
-    """Raise UserError if there are no features, or if they are not finite; `kind` is "train" or "test"."""
+    """Raise UserError if there are no features, or if they are not finite.
+
+    Args:
+        features_nd: float32 (n, d).
+        kind: "train" or "test", for messages.
+    """
     if not len(features_nd):
         raise UserError(f"The {kind} set of the probe has no images. Give a data set that has images.")
     if not np.isfinite(features_nd).all():
@@ -266,9 +293,13 @@ def check_features(features_nd: NDArray[np.float32], kind: str) -> None:
 def sample_each_class(
     order_n: NDArray[np.int64], labels_n: NDArray[np.int64], count_of: Callable[[int], int]
 ) -> NDArray[np.int64]:
-    """Return sorted indices of the first images of each class in a random order.
+    """Return some images of each class: int64, sorted indices.
 
-    `count_of` returns how many are taken of a class, from the number that it has; fewer are a subset of more.
+    Args:
+        order_n: int64 (n,), a random order of the images; the first of each class are taken.
+        labels_n: int64 (n,).
+        count_of: returns the number of images to take of a class, from the number that it has. A smaller number takes
+            a subset of the images of a larger one.
     """
     taken = []
     for c in np.unique(labels_n):
@@ -288,8 +319,13 @@ def multi_hot(labels_n: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
 def accuracy_rows(rank_n: Tensor, labels_n: Tensor, classes: int, suffix: str = "") -> Iterator[Row]:
     """Yield top-1, top-5 if there are more than five classes, and the balanced accuracy of unbalanced test sets.
 
-    The balanced accuracy is the mean over the classes of the test set of the top-1 of their images. For `rank_n` see
-    `rank`; `labels_n` is of the test set, and `classes` is the number of those in the train set.
+    The balanced accuracy is the mean over the classes of the test set of the top-1 of their images.
+
+    Args:
+        rank_n: see `rank`.
+        labels_n: int64 (n,), labels of the test set.
+        classes: number of classes in the train set.
+        suffix: appended to the names of the rows.
     """
     rank_n, labels_n = rank_n.cpu(), labels_n.cpu()
     for k in (1, 5) if classes > 5 else (1,):

@@ -101,7 +101,10 @@ def read(folder: Folder, split: str) -> list[Picture]:
 
 
 def union(folders: Sequence[Folder], split: str) -> list[Picture]:
-    """Return the images of a split of all folders that have it, named after theirs if several. Raises as `read`."""
+    """Return the images of a split of all folders that have it. Of several folders, names begin with the folder.
+
+    Raises as `read`, and UserError if no folder has the split.
+    """
     if len(folders) == 1:
         return read(folders[0], split)
     return [

@@ -203,6 +203,9 @@ def score(
     Args:
         pictures: the annotated images; at least one box is not difficult.
         found: the detections in each picture; labels count from 1 in the order of `classes`.
+
+    Raises:
+        UserError: pycocotools is not installed.
     """
     rows = [
         [number, *_xywh(box), float(value), int(label)]

@@ -114,7 +114,12 @@ def _share_a_class(one: Tensor, other: Tensor) -> Tensor:
 
 
 def average_precision(right_qn: Tensor) -> Tensor:
-    """Return float64 (q,): the mean precision at the ranks of right images, the best rank first; 0 without any."""
+    """Return float64 (q,): the mean, over the right images of a ranking, of the precision at their ranks; 0 without
+    any.
+
+    Args:
+        right_qn: bool (q, n), the best rank first.
+    """
     ranks_n = torch.arange(1, right_qn.shape[1] + 1, dtype=torch.float64)
     precision_qn = right_qn.cumsum(1) / ranks_n
     return (precision_qn * right_qn).sum(1) / right_qn.sum(1).clamp(min=1)

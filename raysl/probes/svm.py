@@ -101,7 +101,7 @@ class Svm:
 def _sklearn(name: str) -> Any:
     """Return a module of scikit-learn. Raises UserError if it is not installed."""
     what = "A support vector machine"
-    return package(f"sklearn.{name}", what, "eval", " The probe linear does not need it.")
+    return package(f"sklearn.{name}", what, "eval", " The probe linear does not need it.", "scikit-learn")
 
 
 def machine(cost: float) -> Any:

@@ -97,6 +97,9 @@ def neighbours_grid(
         query_q: int64 (q,), indices in `queries`.
         nearest_qk: int64 (q, k), indices in `gallery`, the nearest first; see `raysl.probes.retrieval.nearest`.
         cosine_qk: float32 (q, k).
+
+    Raises:
+        UserError: a shard of a data set is damaged.
     """
     columns = [("query", "", _shown(queries, query_q))]
     for rank in range(nearest_qk.shape[1]):

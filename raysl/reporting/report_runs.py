@@ -73,7 +73,7 @@ class LabelledRow:
 
 
 def groups(folders: Sequence[str]) -> list[Group]:
-    """Return the folders in groups, sorted by label. Raises UserError for one without a run or model, or damaged."""
+    """Return the folders in groups, sorted by label. Raises UserError if one holds no run or model, or is damaged."""
     runs = [_loaded(Folder(folder)) for folder in dict.fromkeys(folder.rstrip("/") for folder in folders)]
     runs.sort(key=lambda member: (member.name, member.seed, str(member.run.folder)))
     gathered: dict[str, list[ReportRun]] = {}

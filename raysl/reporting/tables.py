@@ -77,7 +77,7 @@ class Table:
 
 
 def tables(rows: Sequence[LabelledRow], primary: bool = True) -> list[Table]:
-    """Return a table of the primary metric, or else of all other numbers, for each probe, protocol and data sets."""
+    """Return a table for each probe, protocol and pair of data sets: of the primary metric, or of all other numbers."""
     chosen = [item for item in rows if bool(item.row["primary"]) == primary]
     return [_table(members) for _, members in by_protocol(chosen)]
 

@@ -114,8 +114,13 @@ def test_wrong_shapes_and_missing_weights_are_named() -> None:
 
 
 def test_one_part_of_several_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="one of several parts: write the weights of all parts into one file"):
-        load(tmp_path, {"conv1.weight": WANTED["conv1.weight"]}, "model-00001-of-00002.bin")
+    part = {"conv1.weight": WANTED["conv1.weight"]}
+    with pytest.raises(
+        UserError, match="one of several parts: write all of them into one file. Give the backbone"
+    ):
+        load(tmp_path, part, "model-00001-of-00002.bin")
+    with pytest.raises(UserError, match=r"begin with 'conv1\.weight'\. Give the backbone"):
+        load(tmp_path, part, "epoch-10-of-100.pth")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,14 @@ def quantized(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "convert",
-    [Tensor.to_sparse, quantized, Tensor.char, lambda values: values + 0j, lambda values: values.to("meta")],
+    [
+        Tensor.to_sparse,
+        quantized,
+        Tensor.char,
+        lambda values: values.to(torch.float8_e4m3fn),
+        lambda values: values + 0j,
+        lambda values: values.to("meta"),
+    ],
 )
 def test_weights_that_are_no_dense_floats_are_refused(convert: Any) -> None:
     state = {key: convert(value) if value.dim() > 1 else value for key, value in Net().state_dict().items()}

@@ -29,6 +29,12 @@ def test_runs_differ_in_method_alone(tmp_path: Path) -> None:
     assert {(c.epochs, c.seed, c.batch_size, c.optim, c.view) for c in configs.values()} == {
         (2.0, 3, 128, configs["pirl-jigsaw"].optim, configs["pirl-jigsaw"].view)
     }
+    of_banks = [
+        configs[method] for method in ("npid", "pirl-rotation", "pirl-jigsaw", "pirl-rotation+jigsaw")
+    ]
+    # What defaults.resolve chooses for small images.
+    assert {config.bank.momentum for config in of_banks} == {0.0}
+    assert [config.parts["jigsaw"].grid for config in of_banks if "jigsaw" in config.parts] == [2, 2]
     assert configs["distill"].parts["distill"].teacher == configs["supervised"].run
     assert (
         configs["pirl-jigsaw"].parts["pirl"].num_negatives
