@@ -116,7 +116,7 @@ def test_wrong_shapes_and_missing_weights_are_named() -> None:
 def test_one_part_of_several_is_named(tmp_path: Path) -> None:
     part = {"conv1.weight": WANTED["conv1.weight"]}
     with pytest.raises(
-        UserError, match="one of several parts: write all of them into one file. Give the backbone"
+        UserError, match=r"of several parts: write all of them into one file\. Give the backbone"
     ):
         load(tmp_path, part, "model-00001-of-00002.bin")
     with pytest.raises(UserError, match=r"begin with 'conv1\.weight'\. Give the backbone"):
