@@ -143,12 +143,16 @@ def _measure(row: Mapping[str, Any], fast_linear: Sequence[str]) -> str:
     return str(name)
 
 
-def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
+def page(
+    claims: Sequence[Claim], found: Mapping[str, Observations], longer: Mapping[str, str] | None = None
+) -> str:
     """Return the Markdown table of claims.
 
     Args:
         claims: the claims, such as `raysl.experiment.claims.CLAIMS`.
         found: results by the name of a data set.
+        longer: for a name, that of longer runs on the same images. Where these have enough seeds, the others are left
+            out.
     """
     lines = [
         "| claim | source | data | verdict | measured, in points, with the 95 % interval |",
@@ -157,6 +161,10 @@ def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
     decided = 0
     for claim in claims:
         judged = {data: judge(claim, results) for data, results in found.items()}
+        decisive = {
+            data for data, (_, all_of) in judged.items() if all(len(one.values) >= MIN_SEEDS for one in all_of)
+        }
+        judged = {data: of for data, of in judged.items() if (longer or {}).get(data) not in decisive}
         decided += sum(len(one.values) >= MIN_SEEDS for _, all_of in judged.values() for one in all_of)
         rows = [
             f"{data} | **{_PRINTED[verdict]}** | {'<br>'.join(map(str, measured))}"

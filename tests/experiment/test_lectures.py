@@ -75,3 +75,11 @@ def test_every_claim_has_a_line() -> None:
     lines = page(CLAIMS, {"nothing": {}}).splitlines()
     assert all(any(claim.says in line and "not measured" in line for line in lines) for claim in CLAIMS)
     assert len({claim.says for claim in CLAIMS}) == len(CLAIMS)
+
+
+def test_longer_runs_with_enough_seeds_replace_shorter_ones() -> None:
+    claim = Claim("a is better", "figure", (BETTER,))
+    short, long = results([0.1, 0.2], [0.2, 0.1]), results([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])
+    found = {"X": short, "X, long": long, "Y": short, "Y, long": short}
+    said = page([claim], found, {"X": "X, long", "Y": "Y, long"})
+    assert [name for name in found if f"| {name} |" in said] == ["X, long", "Y", "Y, long"]
