@@ -278,6 +278,7 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
         ("filename,label\n0.jpg,001\n1.jpg, 010\n", ["1", "10"]),
         ("filename,label\n0.jpg, 1\n1.jpg,01\n", ["01", "1"]),
         ("path|class\n0.jpg|x\n1.jpg|\n", None),
+        ("path,label,note\n0.jpg,a,x\0\n1.jpg,b,\0\0\0\n", ["a", "b"]),
         (b"\xff\xfe" + "path,label\n0.jpg,a\n1.jpg,b\n".encode("utf-16-le"), ["a", "b"]),
     ],
 )
@@ -298,6 +299,9 @@ def test_forms_of_csv(tmp_path: Path, text: str | bytes, expected: list[str] | N
             "path,label\n0.jpg,a\n".encode("utf-16-le"),
             "it is not a text in UTF-8 but, for example, a spreadsheet",
         ),
+        ("path,label\n0.jpg,a\n".encode("utf-16-be"), "for example, a spreadsheet"),
+        (b"PK\x03\x04 of xlsx", "for example, a spreadsheet"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1 of xls", "for example, a spreadsheet"),
         (b"0.jpg,a\n1.jpg,b\n", "The first line of a table of text must name the columns"),
         (b"label," + b",".join(b"pixel%d" % i for i in range(784)) + b"\n", "... (785 in all)"),
     ],
