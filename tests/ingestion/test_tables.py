@@ -266,6 +266,10 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
     assert "columns are a" in refused(tmp_path / "y.parquet")
     pq.write_table(pa.table({"images": [images(2)]}), tmp_path / "z.parquet")
     assert "no column of encoded images: its columns are " in refused(tmp_path / "z.parquet")
+    nested = pa.array([{f"field {i}": i for i in range(50)}])
+    pq.write_table(pa.table({"a": [1], "objects": nested}), tmp_path / "w.parquet")
+    said = "a (int64), objects (struct<field 0: int64, field 1: int64...). Name"
+    assert said in refused(tmp_path / "w.parquet")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +368,16 @@ def test_labels_in_the_names_of_folders(tmp_path: Path) -> None:
     assert (found.classes, [row.label for row in rows]) == ({"a b": 1, "c": 1}, ["a b", "c"])
 
 
-@pytest.mark.parametrize("value", ["__HIVE_DEFAULT_PARTITION__", "-1"])
+@pytest.mark.parametrize("names", [("-1", "1"), ("-1.0", "1.0"), ("-1", "1.0")])
+def test_folders_of_two_classes_with_signs(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        write(tmp_path / f"label={name}" / "0.parquet", [0], column="number")
+    assert set(labels(tmp_path).values()) == {*names}
+    write(tmp_path / "label=0" / "0.parquet", [0], column="number")
+    assert set(labels(tmp_path).values()) == {None}
+
+
+@pytest.mark.parametrize("value", ["__HIVE_DEFAULT_PARTITION__", "-1", "-1.0", "-1."])
 def test_folders_of_rows_without_a_label(tmp_path: Path, value: str) -> None:
     for name in ("a", value):
         (tmp_path / f"label={name}").mkdir()
