@@ -279,8 +279,8 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> 
         found.split = layout.inner_split = choose(inner_splits)
         found.layout = "class folders with splits inside"
         classes = [join(at, found.split) for at in classes]
-        example = printable(survey.first(classes[0]) or example)
     _exclude_below(survey, layout, labels, classes)
+    example = printable(_first_read(survey, layout, classes[0])) or example
     if base and base != found.split:
         found.layout += f", in {printable(base)}/"
     layout.classes_in = base
@@ -295,6 +295,13 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> 
             f"the first folder of each image, as {example}; the folders inside class folders ({inside_classes:,}) give "
             "no labels"
         )
+
+
+def _first_read(survey: Survey, layout: Layout, folder: str) -> str:
+    """Return the first image below a folder that is in no folder of masks."""
+    paths = sorted(survey.first_below(folder), key=lambda path: path.split("/"))
+    some = [survey.first(folder), *paths]
+    return next((path for path in some if not layout.excludes(path.rpartition("/")[0])), "")
 
 
 def _has_text(survey: Survey, base: str, children: list[str]) -> bool:

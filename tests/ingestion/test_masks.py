@@ -93,6 +93,8 @@ def test_masks_do_not_count_as_folders_without_labels(tmp_path: Path) -> None:
     put(tmp_path, *(f"{name}/{kind}/1.png" for name in ("cat", "dog") for kind in ("images", "masks/left")))
     found, _ = opened(tmp_path)
     assert "the folders inside class folders (2) give no labels" in found.labels
+    put(tmp_path, "cat/depth/1.png")
+    assert "as cat/images/1.png" in opened(tmp_path)[0].labels
 
 
 def _calls(classes: int) -> int:
