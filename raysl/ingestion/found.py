@@ -110,6 +110,11 @@ def printable(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shortened(text: str, most: int) -> str:
+    """Return the first characters of a text that is longer than `most`, with "..." at the end."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def listed(names: Sequence[str], most: int = 20) -> str:
     """Return names for a message; if there are many, only the first."""
     more = f", ... ({len(names):,} in all)" if len(names) > most else ""

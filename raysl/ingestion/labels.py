@@ -165,10 +165,18 @@ def as_class_of_text(text: str) -> str | None:
     return as_class(int(number[1]) if number else text)
 
 
-def as_class_of_folder(value: str) -> str:
-    """Return the class in the name of a folder such as "label=cat", from what follows the "="; "" for no label."""
-    text = unquote(value)
-    return "" if text == _NULL_OF_HIVE or re.fullmatch(r"-\d+", text) else text
+def as_classes_of_folders(values: Sequence[str | None]) -> list[str | None]:
+    """Return the classes in the names of folders such as "label=cat", of which `values` hold what follows the "=".
+
+    A class is "" for no label. A negative number is none, unless the folders are those of two classes such as -1 and 1.
+    None, for a file in no such folder, stays None.
+    """
+    texts = [value and unquote(value) for value in values]
+    folders = {*texts} - {None}
+    numbers = {text: float(text) for text in folders if text and re.fullmatch(r"[+-]?\d+(\.0*)?", text)}
+    are_signs = len(folders) == len(numbers) == 2 and sum(numbers.values()) == 0
+    missing = {_NULL_OF_HIVE} | {text for text, number in numbers.items() if number < 0 and not are_signs}
+    return ["" if text in missing else text for text in texts]
 
 
 def composed(name: str) -> str:

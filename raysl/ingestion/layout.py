@@ -70,10 +70,16 @@ class Layout:
     class_of: dict[str, str] | None = None  # class of an image by its composed path, for classes in a file
     masks_beside: Callable[[str], bool] | None = None  # True for 0001_mask.png beside 0001.png
 
+    def excludes(self, folder: str) -> bool:
+        """Return True if a folder is excluded, or lies below one that is."""
+        while folder and folder not in self.excluded:
+            folder = folder.rpartition("/")[0]
+        return bool(folder)
+
     def label(self, path: str) -> str | None:
         """Return the class of an image. Raises Skip if it is not read, with the reason if it is still to be counted."""
         folder = path.rpartition("/")[0]
-        if not is_within(folder, self.base) or any(is_within(folder, other) for other in self.excluded):
+        if not is_within(folder, self.base) or self.excludes(folder):
             raise Skip
         if self.masks_beside and self.masks_beside(path):
             raise Skip(_OTHER_PICTURES)
@@ -142,9 +148,11 @@ def _descend(survey: Survey, layout: Layout, labels: Labels) -> None:
         layout.base = only
 
 
-def _without_masks(survey: Survey, layout: Layout, labels: Labels, folder: str) -> list[str]:
+def _without_masks(
+    survey: Survey, layout: Layout, labels: Labels, folder: str, inside: bool = False
+) -> list[str]:
     """Exclude the folders of masks inside a folder, and return the names of the others that hold images."""
-    masks = _masks(survey, folder, labels)
+    masks = _masks(survey, folder, labels, inside)
     for name in masks:
         where = join(folder, name)
         if where not in layout.excluded:
@@ -153,35 +161,52 @@ def _without_masks(survey: Survey, layout: Layout, labels: Labels, folder: str) 
     return [name for name in survey.children(folder) if name not in masks]
 
 
-def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
-    """Return the folders inside the base that hold masks or other pictures of the same images.
+def _exclude_below(survey: Survey, layout: Layout, labels: Labels, folders: list[str]) -> None:
+    """Exclude the folders of masks at any depth below folders that may be classes."""
+    while folders:
+        kept = ((at, _without_masks(survey, layout, labels, at, inside=True)) for at in folders)
+        folders = [join(at, name) for at, names in kept for name in names]
+
+
+def _masks(survey: Survey, folder: str, labels: Labels, inside: bool = False) -> list[str]:
+    """Return the folders inside a folder that hold masks or other pictures of the same images.
 
     A name is not enough, because a class may be called "surgical mask". The folder must lie beside a folder named like
     images; or its files must be named after images outside of it and not be JPEG, which does not keep the values of
     masks. Thumbnails may be JPEG.
+
+    Args:
+        inside: the folder may be a class. Beside its `images/`, others may hold more photos of it, as in cat/flickr;
+            only those that are called like masks, or whose files are named after images as above, are returned.
     """
     if labels == "folders":
         return []
-    children = survey.children(base)
+    children = survey.children(folder)
     named = [name for name in children if _MASKS.fullmatch(name) or _THUMBNAILS.fullmatch(name)]
     others = [name for name in children if name not in named]
-    pictures = [name for name in others if _IMAGES.fullmatch(name)]
+    pictures = [name for name in others if _IMAGES.fullmatch(name)][:1]
+    certain, unclear = list[str](), named
     if pictures:
-        splits = any(is_split(name) for name in children)
-        return named if splits else [name for name in children if name != pictures[0]]
-    if not named:
-        return []
-    deeper = [survey.first_below(join(base, name)) for name in others]
-    beside = chain(survey.first_paths.get(base, []), *deeper)
+        certain, unclear = named, [name for name in others if name not in pictures]
+        if any(is_split(name) for name in children):
+            return named
+        if not inside:
+            return named + unclear
+    if not unclear:
+        return certain
+    deeper = [survey.first_below(join(folder, name)) for name in pictures or others]
+    beside = chain(survey.first_paths.get(folder, []), *deeper)
     stems = {PurePosixPath(file).stem for file in beside}
-    masks = []
-    for name in named:
-        files = [PurePosixPath(file) for file in survey.first_below(join(base, name))]
-        kept = [file for file in files if file.suffix.lower() not in _JPEG or _THUMBNAILS.fullmatch(name)]
-        same = [file for file in kept if file.stem in stems or _SUFFIX.sub("", file.stem) in stems]
-        if 2 * len(same) > len(files):
-            masks.append(name)
-    return masks
+    return certain + [name for name in unclear if _are_named_after(stems, survey, join(folder, name))]
+
+
+def _are_named_after(stems: set[str], survey: Survey, folder: str) -> bool:
+    """Return True if most files of a folder are named after images, and no JPEG but for thumbnails."""
+    may_be_jpeg = bool(_THUMBNAILS.fullmatch(folder.rpartition("/")[2]))
+    files = [PurePosixPath(file) for file in survey.first_below(folder)]
+    kept = [file for file in files if may_be_jpeg or file.suffix.lower() not in _JPEG]
+    same = [file for file in kept if file.stem in stems or _SUFFIX.sub("", file.stem) in stems]
+    return 2 * len(same) > len(files)
 
 
 def _image_of_mask(path: str) -> str:
@@ -240,18 +265,22 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> 
             why = f"the folders are years or parts of Pascal VOC, as {example}"
         elif all(_NUMBER.fullmatch(name) for name in children) and _has_text(survey, base, children):
             why = f"the folders are numbered parts with a text for each image, as {example}"
+    classes = [join(base, name) for name in children]
     if why:
+        _exclude_below(survey, layout, labels, classes)
         found.layout = found.layout or "a folder of images"
         found.labels = f"none, because {why}{_unused(survey)}"
         return
-    inner = [_without_masks(survey, layout, labels, join(base, name)) for name in children]
+    inner = [_without_masks(survey, layout, labels, at, inside=True) for at in classes]
     inner_splits = sorted(set(chain(*inner)))
     found.layout = "class folders" + (f" in the split {found.split!r}" if found.split else "")
     if all(inner) and all(map(is_split, inner_splits)) and len(inner_splits) > 1:
         found.splits = tuple(inner_splits)
         found.split = layout.inner_split = choose(inner_splits)
         found.layout = "class folders with splits inside"
-        example = printable(survey.first(join(join(base, children[0]), found.split)) or example)
+        classes = [join(at, found.split) for at in classes]
+    _exclude_below(survey, layout, labels, classes)
+    example = printable(_first_read(survey, layout, classes[0])) or example
     if base and base != found.split:
         found.layout += f", in {printable(base)}/"
     layout.classes_in = base
@@ -260,12 +289,19 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> 
     found.labels = f"the folder of each image, as {example}"
     depth = base.count("/") + 1 if base else 0
     deeper = [at for at in survey.folders if at.count("/") > depth and is_within(at, base)]
-    inside_classes = sum(survey.images(at, direct=True) > 0 for at in deeper)
+    inside_classes = sum(survey.images(at, direct=True) > 0 and not layout.excludes(at) for at in deeper)
     if inside_classes and not layout.inner_split:
         found.labels = (
             f"the first folder of each image, as {example}; the folders inside class folders ({inside_classes:,}) give "
             "no labels"
         )
+
+
+def _first_read(survey: Survey, layout: Layout, folder: str) -> str:
+    """Return the first image below a folder that is in no folder of masks."""
+    paths = sorted(survey.first_below(folder), key=lambda path: path.split("/"))
+    some = [survey.first(folder), *paths]
+    return next((path for path in some if not layout.excludes(path.rpartition("/")[0])), "")
 
 
 def _has_text(survey: Survey, base: str, children: list[str]) -> bool:

@@ -319,13 +319,24 @@ class Survey:
 
     def first_below(self, folder: str) -> list[str]:
         """Return the first images of a folder and of each folder below it."""
-        below = (at for at in self.first_paths if at == folder or at.startswith(f"{folder}/"))
-        return [path for at in below for path in self.first_paths[at]]
+        _, children = self._tree
+        below = [folder]
+        for at in below:  # It grows.
+            below += [join(at, name) for name in children.get(at, ())]
+        return [path for at in below for path in self.first_paths.get(at, ())]
 
     def first(self, folder: str = "") -> str:
         """Return the first image below a folder."""
-        images = ((f"{at}/", path) for (at, kind), path in self.examples.items() if kind == IMAGE)
-        return next((path for at, path in images if at.startswith(join(folder, ""))), "")
+        return self._first.get(folder, "")
+
+    @cached_property
+    def _first(self) -> dict[str, str]:
+        """The first image below every folder."""
+        first: dict[str, str] = {}
+        for (folder, kind), path in self.examples.items():
+            while kind == IMAGE and first.setdefault(folder, path) == path and folder:
+                folder = folder.rpartition("/")[0]
+        return first
 
     def others(self) -> LeftOut:
         """Return the files that are not images."""

@@ -76,7 +76,9 @@ def image_of(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def encode(image: Image.Image, small: bool = False) -> bytes:
     """Return an upright image as a file that keeps its mode, or else its colors; a `small` one takes longer."""
-    image = ImageOps.exif_transpose(image)
+    # Errors of many kinds on damaged notes, beside which the pixels are whole.
+    with suppress(Exception):
+        image = ImageOps.exif_transpose(image)
     if small and image.mode in ("L", "RGB"):
         pixels = np.asarray(image)
         return png.encode(pixels.reshape(1, *pixels.shape[:2], -1))[0]

@@ -30,6 +30,8 @@ TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")
 _NULL = re.compile(rb"^\s*null\b", re.MULTILINE)
 _PADDED = re.compile(rb"(?:^|[,;|\t\"])\s*-?0\d", re.MULTILINE)
 SUFFIXES = (".parquet", ".arrow", ".feather", *TEXT)
+# The beginning of a file that Excel writes: ZIP (.xlsx), or OLE (.xls).
+_SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 _FILE_NAMES = (
     "file_name filename file path filepath file_path image_path image_file image_file_name image_filename image img "
     "image_name img_path"
@@ -181,7 +183,9 @@ def _read_table(data: bytes, name: str) -> pa.Table:
         raise pa.ArrowInvalid("it is compressed with gzip: unpack it first")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16").encode()
-    if b"\0" in data[:4096]:
+    # Text in UTF-16 without a mark at its begin has a zero in about every other byte.
+    zeros = max(data[start:4096:2].count(0) for start in (0, 1))
+    if data.startswith(_SPREADSHEETS) or 3 * zeros > len(data[:4096]):
         raise pa.ArrowInvalid(
             "it is not a text in UTF-8 but, for example, a spreadsheet: save it as CSV in UTF-8"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -38,10 +39,14 @@ _AS_CSV = "write its list of images beside them as CSV with the columns file_nam
 _LISTS = {
     ".json": f"a JSON file: {_AS_CSV}",
     ".txt": f"a text file: {_AS_CSV}",
-    ".gz": "compressed with gzip: unpack it",
     **dict.fromkeys((".pq", ".parq"), "a Parquet file by its name: rename it to end in .parquet"),
     **dict.fromkeys((".xlsx", ".xls"), f"a spreadsheet: {_AS_CSV}"),
     **dict.fromkeys((".sqlite", ".db"), f"a database: {_AS_CSV}"),
+}
+# Ends of the names of single files that are recognised by more than what follows the last dot.
+_ENDS = {
+    r"idx\d-(ubyte|int)(\.gz)?": "one file of the MNIST family: give the folder that it lies in",
+    r"\.(csv|tsv|jsonl|ndjson|json|txt)\.gz": "compressed with gzip: unpack it",
 }
 _MOST_JSON_BYTES = 16 << 20
 # Folders that tell which of the Parquet files beside them are valid.
@@ -68,7 +73,8 @@ def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
         return f"holds {printable(path)}, {_FORMS[_suffix(path)]}" if path and not recognised else ""
     if recognised:
         return ""
-    if what := (_FORMS | _LISTS).get(_suffix(uri)):
+    ends = (what for end, what in _ENDS.items() if re.search(rf"{end}$", uri.lower()))
+    if what := next(ends, (_FORMS | _LISTS).get(_suffix(uri), "")):
         return f"is {what}"
     return "is one image: name the folder that it lies in" if kind_of(uri) == "image" else ""
 

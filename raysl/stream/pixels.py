@@ -248,11 +248,20 @@ def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> li
                 check_size(*image.size, config.max_pixels)
             if image.format == "TIFF":
                 tags = image.tag_v2  # type: ignore[attr-defined]
-                check_size(tags.get(_TILE_WIDTH, 1), tags.get(_TILE_HEIGHT, 1), config.max_pixels)
+                _check_tile(tags.get(_TILE_WIDTH, 1), tags.get(_TILE_HEIGHT, 1))
             picture = _read(image, data, page, config, ranges)
         return _numbered(picture, number, len(pages), len(taken))
 
     return [partial(read, number) for number in range(len(taken))]
+
+
+def _check_tile(width: int, height: int) -> None:
+    """Raise DecodeError for tiles of a TIFF that take too much memory. A tile may be larger than its image."""
+    if width * height > MAX_PIXELS:
+        raise DecodeError(
+            f"its tiles of {width:,} x {height:,} pixels are more than the {MAX_PIXELS:,} that are allowed: write it "
+            "again with smaller tiles"
+        )
 
 
 def _numbered(picture: Picture, number: int, pages: int, taken: int) -> Picture:
@@ -365,7 +374,7 @@ def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Cal
 
 def _read_tiff(page: Any, config: DecodeConfig, ranges: Ranges) -> Picture:
     check_size(page.imagewidth, page.imagelength, config.max_pixels)
-    check_size(page.tilewidth or 1, page.tilelength or 1, config.max_pixels)
+    _check_tile(page.tilewidth, page.tilelength)
     if page.nbytes > 4 * config.max_pixels:  # Pillow takes no more than four bytes for a pixel.
         raise DecodeError(f"its {page.nbytes:,} bytes of values are more than {4 * config.max_pixels:,}")
     tag = page.tags.get(_ORIENTATION)

@@ -227,9 +227,19 @@ def test_labels_of_idx_without_an_axis_or_a_value_are_refused(tmp_path: Path, he
 def test_one_image_and_unknown_files(tmp_path: Path) -> None:
     put(tmp_path, "photo.jpg")
     assert "is one image: name the folder" in refused(tmp_path / "photo.jpg")
-    put(tmp_path, "list.csv.gz", "a.pq", "arrays/a.npz", data=bytes(64))
+    put(
+        tmp_path,
+        "list.csv.gz",
+        "a.pq",
+        "arrays/a.npz",
+        "volume.nii.gz",
+        "train-images-idx3-ubyte.gz",
+        data=bytes(64),
+    )
     for name, says in (
         ("list.csv.gz", "unpack it"),
+        ("train-images-idx3-ubyte.gz", "give the folder that it lies in"),
+        ("volume.nii.gz", "is of no known kind"),
         ("a.pq", "end in .parquet"),
         ("arrays", "give the file itself"),
     ):

@@ -154,6 +154,14 @@ def test_a_file_that_is_not_decoded_yet_is_kept(tmp_path: Path) -> None:
     assert decode(files[3])[:, 0, 0].tolist() == [255, 0, 0]
 
 
+def test_an_image_with_damaged_notes_is_taken_with_its_changes(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0damaged")
+    changed = Image.open(tmp_path / "a.png")
+    changed.putpixel((0, 0), (255, 0, 0))
+    made = ingest([Image.open(tmp_path / "a.png"), changed], str(tmp_path / "out"))
+    assert pixels(made)[:, 0, 0, 0].tolist() == [0, 255]
+
+
 def test_images_of_other_modes_are_converted_as_files_are(tmp_path: Path) -> None:
     modes: list[tuple[str, Any]] = [
         ("I;16", 51 * 257),

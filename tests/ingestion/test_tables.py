@@ -266,6 +266,10 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
     assert "columns are a" in refused(tmp_path / "y.parquet")
     pq.write_table(pa.table({"images": [images(2)]}), tmp_path / "z.parquet")
     assert "no column of encoded images: its columns are " in refused(tmp_path / "z.parquet")
+    nested = pa.array([{f"field {i}": i for i in range(50)}])
+    pq.write_table(pa.table({"a": [1], "objects": nested}), tmp_path / "w.parquet")
+    said = "a (int64), objects (struct<field 0: int64, field 1: int64...). Name"
+    assert said in refused(tmp_path / "w.parquet")
 
 
 @pytest.mark.parametrize(
@@ -278,6 +282,7 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
         ("filename,label\n0.jpg,001\n1.jpg, 010\n", ["1", "10"]),
         ("filename,label\n0.jpg, 1\n1.jpg,01\n", ["01", "1"]),
         ("path|class\n0.jpg|x\n1.jpg|\n", None),
+        ("path,label,note\n0.jpg,a,x\0\n1.jpg,b,\0\0\0\n", ["a", "b"]),
         (b"\xff\xfe" + "path,label\n0.jpg,a\n1.jpg,b\n".encode("utf-16-le"), ["a", "b"]),
     ],
 )
@@ -298,6 +303,9 @@ def test_forms_of_csv(tmp_path: Path, text: str | bytes, expected: list[str] | N
             "path,label\n0.jpg,a\n".encode("utf-16-le"),
             "it is not a text in UTF-8 but, for example, a spreadsheet",
         ),
+        ("path,label\n0.jpg,a\n".encode("utf-16-be"), "for example, a spreadsheet"),
+        (b"PK\x03\x04 of xlsx", "for example, a spreadsheet"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1 of xls", "for example, a spreadsheet"),
         (b"0.jpg,a\n1.jpg,b\n", "The first line of a table of text must name the columns"),
         (b"label," + b",".join(b"pixel%d" % i for i in range(784)) + b"\n", "... (785 in all)"),
     ],
@@ -360,7 +368,16 @@ def test_labels_in_the_names_of_folders(tmp_path: Path) -> None:
     assert (found.classes, [row.label for row in rows]) == ({"a b": 1, "c": 1}, ["a b", "c"])
 
 
-@pytest.mark.parametrize("value", ["__HIVE_DEFAULT_PARTITION__", "-1"])
+@pytest.mark.parametrize("names", [("-1", "1"), ("-1.0", "1.0"), ("-1", "1.0")])
+def test_folders_of_two_classes_with_signs(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        write(tmp_path / f"label={name}" / "0.parquet", [0], column="number")
+    assert set(labels(tmp_path).values()) == {*names}
+    write(tmp_path / "label=0" / "0.parquet", [0], column="number")
+    assert set(labels(tmp_path).values()) == {None}
+
+
+@pytest.mark.parametrize("value", ["__HIVE_DEFAULT_PARTITION__", "-1", "-1.0", "-1."])
 def test_folders_of_rows_without_a_label(tmp_path: Path, value: str) -> None:
     for name in ("a", value):
         (tmp_path / f"label={name}").mkdir()

@@ -438,7 +438,15 @@ def with_tag(data: bytes, tag: int, value: int) -> bytes:
 @pytest.mark.parametrize("kind", [np.uint8, np.float32])
 def test_a_tile_that_is_too_large_is_refused_before_memory_is_taken(kind: Any) -> None:
     data = tiff((ramp().astype(kind), RGB | {"tile": (16, 16), "compression": "deflate"}))
-    assert "16 x 16,777,216 pixels are more than" in reason(with_tag(data, 323, 1 << 24))
+    assert "its tiles of 16 x 16,777,216 pixels are more than" in reason(with_tag(data, 323, 1 << 24))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_a_tile_may_have_more_pixels_than_are_allowed_in_an_image(kind: Any) -> None:
+    pixels_hwc = ramp(32, 32)
+    data = tiff((pixels_hwc.astype(kind), RGB | {"tile": (256, 256), "compression": "deflate"}))
+    config = DecodeConfig(max_pixels=10_000, range=(0, 255))
+    assert off(one(data, config), pixels_hwc) <= 1
 
 
 @pytest.mark.parametrize("line", [b"<!-- licence -->\n", b"<?licence?>\n", b" \n"])

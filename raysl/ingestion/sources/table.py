@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, tables, video
-from raysl.ingestion.found import listed, printable
+from raysl.ingestion.found import listed, printable, shortened
 from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, VIDEO, File, kind_of, stamp
 from raysl.ingestion.named_files import file_states, folder_of, read_named
 from raysl.ingestion.sources import (
@@ -44,7 +44,7 @@ _BINARY = (".parquet", ".arrow", ".feather")
 # Columns that are taken for the image before the schema is searched for another.
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
 _VIDEO_NAMES = ("video", "mp4", "clip", "movie")
-_IN_PARALLEL, _AT_ONCE = 16, 64
+_IN_PARALLEL, _AT_ONCE, _LONGEST_TYPE = 16, 64, 40
 
 
 def recognise(place: Place) -> Confidence:
@@ -79,9 +79,7 @@ class Columns(NamedTuple):
     label: str  # "" for none
     names: list[str] | None  # of the classes that labels are numbers of; None without names
     is_file_name: bool  # the column `image` holds names of files
-    constant: str | None = (
-        None  # label of all rows, where a folder such as "label=cat" states it; "" for no label
-    )
+    constant: str | None = None  # label of all rows, where a folder ("label=cat") states it; "" for none
     is_video: bool = False
 
 
@@ -97,7 +95,8 @@ class Source:
         self.found.layout = "" if place.called else f"{many} ({', '.join(sorted(kinds))})"
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             columns, of_splits = zip(*pool.map(self._columns_of, self._files), strict=True)
-        self._columns: list[Columns] = list(columns)
+        names = labels.as_classes_of_folders([one.constant for one in columns])
+        self._columns = [one._replace(constant=name) for one, name in zip(columns, names, strict=True)]
         self._reconcile()
         self._choose_rows({*of_splits})
         self.name = place.called or str(replace(place, split=self.found.split))
@@ -123,8 +122,7 @@ class Source:
         if config.labels != "none":
             label = labels.find([*schema.names, *parts], config.label_column, f"The table {where!r}")
         if label in parts and label not in schema.names:
-            constant = labels.as_class_of_folder(parts[label])
-            return Columns(image, label, None, is_file_name, constant, is_video), of_splits
+            return Columns(image, label, None, is_file_name, parts[label], is_video), of_splits
         names = labels.names_in(schema, label) if label else None
         return Columns(image, label, names, is_file_name, is_video=is_video), of_splits
 
@@ -355,8 +353,9 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
     what = (
         f"{len(encoded)} columns of images, none called 'image'" if encoded else "no column of encoded images"
     )
+    typed = [f"{one.name} ({shortened(str(one.type), _LONGEST_TYPE)})" for one in schema]
     raise UserError(
-        f"The table {place!r} has {what}: its columns are {listed([f'{one.name} ({one.type})' for one in schema])}. "
+        f"The table {place!r} has {what}: its columns are {listed(typed)}. "
         "Name one with --image-column; it must be binary, a struct of bytes and path, or names of files beside the "
         f"table, and no list or dictionary of these.{header}"
     )
