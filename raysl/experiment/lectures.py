@@ -162,7 +162,9 @@ def page(
     for claim in claims:
         judged = {data: judge(claim, results) for data, results in found.items()}
         decisive = {
-            data for data, (_, all_of) in judged.items() if all(len(one.values) >= MIN_SEEDS for one in all_of)
+            data
+            for data, (_, all_of) in judged.items()
+            if all(len(one.values) >= MIN_SEEDS for one in all_of)
         }
         judged = {data: of for data, of in judged.items() if (longer or {}).get(data) not in decisive}
         decided += sum(len(one.values) >= MIN_SEEDS for _, all_of in judged.values() for one in all_of)
