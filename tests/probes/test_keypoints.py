@@ -95,7 +95,7 @@ def test_pixels_that_show_the_points_are_read_out(tmp_path: Path, head: Any) -> 
 
 
 def test_each_layer_of_a_network_has_its_rows_and_they_repeat(tmp_path: Path) -> None:
-    config = keypoints.Config(train=coco(tmp_path, 120), images="images", thresholds=(0.2,))
+    config = keypoints.Config(train=coco(tmp_path, 120), images="images", thresholds=(0.2,), dims=256)
     found = keypoints.Keypoints(config).rows(subject(tmp_path, pixels=False))
     assert {row.layer for row in found} == {"res2", "pooled"}
     for layer in ("res2", "pooled"):
@@ -188,7 +188,7 @@ def test_bad_annotations_are_refused(tmp_path: Path) -> None:
 def test_clips_bring_their_key_points(tmp_path: Path) -> None:
     train, test = make_clips(tmp_path / "train", 24), make_clips(tmp_path / "test", 8, split="test")
     one = replace(subject(tmp_path, pixels=False), train=train, test=test)
-    found = values(keypoints.Keypoints(keypoints.Config()).rows(one), "res2")
+    found = values(keypoints.Keypoints(keypoints.Config(dims=256)).rows(one), "res2")
     assert {"PCK@0.1", "PCK@0.1/head", "PCK@0.1/left_foot", "mean_distance"} <= set(found)
     with pytest.raises(UserError, match="is scored on others"):
         keypoints.Keypoints(keypoints.Config()).check_data(train, train)
