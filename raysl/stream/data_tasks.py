@@ -20,7 +20,7 @@ import numpy as np
 from raysl.stream.reader import Columns, Stream, load, pieces
 
 # Each block costs the task and the trainer some milliseconds, whatever its size.
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 8 << 20
 # Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
 # millions of small images.
 SEGMENT = 512
