@@ -32,8 +32,8 @@ Row = Mapping[str, Any]
 KNN = {"probe": "knn", "name": "top1/k=20,T=0.07", "layer": "pooled"}
 OPTIMUM = {"probe": "linear", "name": "top1", "layer": "pooled", "protocol": "45ee934dccc5"}
 FAST = {"probe": "linear", "name": "top1", "protocol": "a3561de13ca9"}
-# The same schedules of the linear probe in their later version, of results/lectures/tiny-imagenet-20.jsonl.
-FAST_LATER = "76e3dbca767a"
+# The same schedules of the linear probe in their later versions, of results/lectures.
+FAST_LATER = ("76e3dbca767a", "f182d6a9372f")
 OPTIMUM_LATER = {**OPTIMUM, "protocol": "58e3c9b91cf1"}
 CLOSER = {"probe": "invariance", "layer": "pooled"}
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")
@@ -205,7 +205,7 @@ def _lectures() -> str:
     sources["CIFAR-10, 3,000 images, judged on validation images"] = [
         row for name in figures for row in rows_of(f"sweep/tune/{name}/rows.jsonl")
     ]
-    found = {data: observations(rows, (FAST["protocol"], FAST_LATER)) for data, rows in sources.items()}
+    found = {data: observations(rows, (FAST["protocol"], *FAST_LATER)) for data, rows in sources.items()}
     longer = {data: f"{data}{LONGER}" for data in ("CIFAR-10", "Tiny ImageNet")}
     return f"\n\n{page(CLAIMS, found, longer)}\n\n"
 
