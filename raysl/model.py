@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ class Model(nn.Module):
             made = view.pretext.transform(images_bchw, some_rng)
             pretext.check_target(view.pretext, made.target)
             _, crops, *_, crop_size = made.crops_bpchw.shape
-            network.check_size(backbone or config.backbone, crop_size, "--view.image-size")
+            flag = "--view.image-size" if crop_size == config.view.image_size else _size_flag(view.pretext)
+            network.check_size(backbone or config.backbone, crop_size, flag)
             if alone and not _has_statistics(backbone or config.backbone, crops, crop_size):
                 raise self._alone(f"the backbone reduces a view of {crop_size} pixels to one, so that")
         if alone and any(isinstance(module, nn.BatchNorm1d) for module in self.modules()):
@@ -194,6 +196,15 @@ def check_columns(views: Mapping[str, View], dataset: DataSet, method: str) -> N
             f"The method {method!r} learns from sound and no clip of {dataset.name!r} has any. Ingest videos "
             "with an audio track, or give --data clips:500."
         )
+
+
+def _size_flag(transform: pretext.Pretext) -> str:
+    """Return the flag of the side of a transform's crops or patches, or that of ordinary views if it has none."""
+    module = sys.modules[type(transform).__module__]
+    known = getattr(getattr(module, "Config", None), "__dataclass_fields__", {})
+    field = next((name for name in ("size", "patch_size") if name in known), None)
+    part = module.__name__.rpartition(".")[2]
+    return f"--{part}.{field}".replace("_", "-") if field else "--view.image-size"
 
 
 def _has_statistics(config: BackboneConfig, crops: int, side: int) -> bool:

@@ -22,7 +22,8 @@ class ProbeConfig:
 
     Args:
         probes: names of probes.
-        layers: layers whose features are measured; "all" for conv1, res2 to res5 and pooled. Pixels have only "pooled".
+        layers: layers whose features are measured; "all" for conv1, res2 to res5 (of a transformer, its blocks) and
+            pooled. Pixels have only "pooled".
         encoders: encoders of a run, of "trained", "random" (the untrained backbone), "pixels", and "momentum" (the
             moving average of the backbone that methods such as BYOL, MoCo and DINO keep).
         configs: the Config of a probe by its name; a missing one has its defaults.

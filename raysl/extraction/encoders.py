@@ -297,8 +297,9 @@ def view_size(source: Encoder) -> int:
 
 
 def stages(encoder: Encoder) -> tuple[str, ...]:
-    """Return layers of an encoder by depth, the shallowest first: the stages that it has, then "pooled"."""
-    return (*(stage for stage in STAGES if stage in encoder.layers), POOLED)
+    """Return layers of an encoder by depth: its stages or, of a transformer, its blocks, and then "pooled"."""
+    found = [stage for stage in STAGES if stage in encoder.layers]
+    return (*(found or [layer for layer in encoder.layers if layer.startswith("blocks.")]), POOLED)
 
 
 def check_size(encoder: Encoder, image_size: int) -> None:

@@ -51,9 +51,14 @@ def modules(backbone: Backbone) -> dict[str, str]:
     """Return the module of every layer, by name of the layer.
 
     "pooled" is the output of the backbone. res2 and on are the stages of residual networks, and conv1 is their first
-    convolution with its normalisation and ReLU. Other direct children of the network have their own names.
+    convolution with its normalisation and ReLU. Other direct children of the network have their own names, and so have
+    the blocks of a transformer, as "blocks.6".
     """
     children = [name for name, _ in backbone.body.named_children()]
+    blocks = getattr(backbone.body, "blocks", ())
+    children += [
+        f"blocks.{number}" for number in range(len(blocks) if isinstance(blocks, nn.Sequential) else 0)
+    ]
     stages = {
         f"res{int(name[5:]) + 1}": f"body.{name}" for name in children if re.fullmatch(r"layer\d", name)
     }

@@ -58,6 +58,14 @@ def test_maps_with_their_channels_last_are_those_with_their_channels_first(
     torch.testing.assert_close(layers.reduce(last_bhwc, 12), layers.reduce(map_bchw, 12))
 
 
+def test_the_blocks_of_a_transformer_are_its_layers() -> None:
+    encoder = RandomBackbone(BackboneConfig("timm/vit_tiny_patch16_224", patch_size=32), seed=3)
+    assert stages(encoder) == (*(f"blocks.{number}" for number in range(12)), "pooled")
+    made = encoder.load(CPU, ("blocks.6", "blocks.11", "blocks"))(IMAGES)
+    assert made["blocks.6"].shape == (3, 192)
+    torch.testing.assert_close(made["blocks.11"], made["blocks"])
+
+
 def test_conv1_is_taken_after_its_relu_and_before_the_pool() -> None:
     encoder = RandomBackbone(RESNET, seed=3)
     assert stages(encoder) == ("conv1", "res2", "res3", "res4", "res5", "pooled")

@@ -18,6 +18,9 @@ def check(**given: Any) -> None:
     check_before_ingest(defaults.check({**RUN, **given}), {**RUN, **given})
 
 
+VIT = {"name": "timm/vit_tiny_patch16_224", "patch_size": 8}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -27,6 +30,14 @@ def check(**given: Any) -> None:
         ({"method": "mae"}, "needs a vision transformer"),
         ({"backbone": {"weights": __file__}}, "it is a text file"),
         ({"backbone": {"name": "alexnet"}, "view": {"image_size": 32}}, "alexnet"),
+        (
+            {"backbone": VIT, "view": {"image_size": 50}, "method": "simclr"},
+            r"not take images of 50 pixels .* takes images of 48 pixels: give --view\.image-size 48",
+        ),
+        (
+            {"backbone": VIT, "view": {"image_size": 64}, "method": "dino-multi_crop"},
+            r"not take images of 27 pixels .* give --multi-crop\.size 24,",
+        ),
     ],
 )
 def test_what_no_images_would_mend_is_refused_before_they_are_read(
