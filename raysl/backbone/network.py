@@ -240,26 +240,26 @@ def names() -> list[str]:
 
 def check_size(config: BackboneConfig, image_size: int, flag: str = "--image-size") -> None:
     """Raise UserError when a backbone does not take images of a size in pixels."""
-    if config.name == "small":  # it takes any size
-        return
-    if error := _size_error(config, image_size):
+    if config.name != "small" and (error := _size_error(config, image_size)):
+        reason, sizes = error
         raise UserError(
-            f"The backbone {config.name!r} does not take images of {image_size} pixels ({error[0]}). It takes images of "
-            f"{error[1]} pixels: give {flag} {error[1]}, or another --backbone.name."
+            f"The backbone {config.name!r} does not take images of {image_size} pixels ({reason}). Give {flag} "
+            f"{sizes}, or another --backbone.name."
         )
 
 
 @lru_cache
-def _size_error(config: BackboneConfig, image_size: int) -> tuple[str, int] | None:
-    """Return why a backbone does not take a size, and the nearest size that it takes; None if it takes it."""
+def _size_error(config: BackboneConfig, image_size: int) -> tuple[str, str] | None:
+    """Return why a backbone does not take a size, and the nearest that it takes "or" its own; None if it takes it."""
     body = skeleton(config).eval()
     own_size = getattr(body.body, "pretrained_cfg", {}).get("input_size", (3, _PUBLISHED_SIZE))[-1]
     reason = _failure(body, image_size)
     # A network that fails at its own size too may need its weights, so it is not judged here.
     if not reason or _failure(body, own_size):
         return None
-    near = sorted((max(n, n * round(image_size / n)) for n in _PATCHES), key=lambda n: abs(n - image_size))
-    return reason, next((size for size in near if not _failure(body, size)), own_size)
+    near = [max(n, n * round(image_size / n)) for n in _PATCHES]
+    near = [size for size in sorted(near, key=lambda n: abs(n - image_size)) if not _failure(body, size)][:1]
+    return reason, " or ".join(map(str, dict.fromkeys((*near, own_size))))
 
 
 def _failure(body: Backbone, image_size: int) -> str:

@@ -136,7 +136,7 @@ def test_a_transformer_of_timm_takes_any_size_that_its_patches_divide() -> None:
 def test_a_size_that_a_backbone_does_not_take_is_refused() -> None:
     networks.check_size(BackboneConfig("vit_b_16"), 224)
     with pytest.raises(
-        UserError, match=r"'vit_b_16' does not take images of 32 pixels .* give --view\.image-size 224"
+        UserError, match=r"'vit_b_16' does not take images of 32 pixels .* Give --view\.image-size 224,"
     ):
         networks.check_size(BackboneConfig("vit_b_16"), 32, "--view.image-size")
 

@@ -32,11 +32,11 @@ VIT = {"name": "timm/vit_tiny_patch16_224", "patch_size": 8}
         ({"backbone": {"name": "alexnet"}, "view": {"image_size": 32}}, "alexnet"),
         (
             {"backbone": VIT, "view": {"image_size": 50}, "method": "simclr"},
-            r"not take images of 50 pixels .* takes images of 48 pixels: give --view\.image-size 48",
+            r"not take images of 50 pixels .* Give --view\.image-size 48 or 224,",
         ),
         (
             {"backbone": VIT, "view": {"image_size": 64}, "method": "dino-multi_crop"},
-            r"not take images of 27 pixels .* give --multi-crop\.size 24,",
+            r"not take images of 27 pixels .* Give --multi-crop\.size 24 or 224,",
         ),
     ],
 )
