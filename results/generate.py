@@ -205,6 +205,9 @@ def _lectures() -> str:
     sources["CIFAR-10, 3,000 images, judged on validation images"] = [
         row for name in figures for row in rows_of(f"sweep/tune/{name}/rows.jsonl")
     ]
+    sources["Tiny ImageNet, 64,000 images, judged on validation images"] = rows_of(
+        "lectures/tiny-imagenet-20-sweeps.jsonl"
+    )
     found = {data: observations(rows, (FAST["protocol"], *FAST_LATER)) for data, rows in sources.items()}
     longer = {data: f"{data}{LONGER}" for data in ("CIFAR-10", "Tiny ImageNet")}
     return f"\n\n{page(CLAIMS, found, longer)}\n\n"

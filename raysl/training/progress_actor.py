@@ -289,11 +289,11 @@ def line(row: dict[str, Any], num_steps: int, epochs: float) -> str:
     )
 
 
-def first_line(step: int, num_steps: int, with_loss: int) -> str:
-    """Return a line of text for the first step of a worker group, if it has no row of metrics.
+def step_line(step: int, num_steps: int, with_loss: int) -> str:
+    """Return a line of text for a step without a row of metrics: the first of a worker group, and later slow ones.
 
     Args:
-        with_loss: the step of the first row.
+        with_loss: the step of the next row.
     """
     return f"step {step:>5}/{num_steps}  the loss follows at step {with_loss}"
 

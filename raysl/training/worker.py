@@ -36,9 +36,11 @@ from raysl.storage import StorageError
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Source, Stream
-from raysl.training.progress_actor import IMAGES, OTHERS, SAVING, Progress, RemoteProgress, first_line
+from raysl.training.progress_actor import IMAGES, OTHERS, SAVING, Progress, RemoteProgress, step_line
 from raysl.training.stop_sync import StopSync
 
+# A slow step has a line of its own if the last line is older than so many seconds.
+_SILENT_S = 10.0
 OUT_OF_MEMORY = "A training worker ran out of GPU memory. Lower --batch-size, or use more GPUs (--workers)."
 
 
@@ -156,7 +158,7 @@ class Worker:
         queue = DeviceQueue(self.device)
         stop_sync = StopSync(self.step, self.progress.stop_requested, self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
-        first = self.step + 1
+        told_s = -math.inf
         self.progress.at(self.step, IMAGES)
         for batch in shared.batches(self._stream(), self.job.subscriber, self.step, end):
             self.progress.at(self.step, OTHERS)
@@ -172,12 +174,14 @@ class Worker:
             if last or self.step % self.config.log_every == 0:
                 row = meter.row(self.step, lr)
                 self._check(row["loss"])
+                told_s = time.monotonic()
                 if log is not None:
                     log.add(row)
                     self.progress.post(row)
-            elif self.step == first and log is not None:
+            elif log is not None and time.monotonic() - told_s > _SILENT_S:
+                told_s = time.monotonic()
                 with_loss = min(end, self.step - self.step % self.config.log_every + self.config.log_every)
-                self.progress.say(first_line(self.step, self.plan.num_steps, with_loss))
+                self.progress.say(step_line(self.step, self.plan.num_steps, with_loss))
             if last or self.saver.due(self.step, since_s):
                 self._check(*self._loss_and_finite(loss.loss))
                 if log is not None:

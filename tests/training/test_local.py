@@ -172,6 +172,18 @@ def test_the_first_step_has_a_line_before_the_first_row(
     assert [row["loss"] for row in rows] == pytest.approx([np.mean(of_steps[:10]), np.mean(of_steps[10:])])
 
 
+def test_slow_steps_have_lines_between_the_rows(
+    dataset: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raysl.training.worker._SILENT_S", 0.0)
+    with caplog.at_level("INFO", "raysl"):
+        pretrain(replace(alone(dataset, tmp_path / "run"), log_every=6), until=8, local=True)
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    follows = [line.split()[1] for line in lines if "the loss follows at step" in line]
+    assert follows == ["1/18", "2/18", "3/18", "4/18", "5/18", "7/18"]
+    assert "step     7/18  the loss follows at step 8" in lines
+
+
 def test_a_killed_data_process_is_an_error_of_one_sentence(dataset: DataSet, tmp_path: Path) -> None:
     config = replace(alone(dataset, tmp_path / "run"), epochs=20)
     before = psutil.Process().children()
