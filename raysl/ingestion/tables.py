@@ -183,7 +183,7 @@ def _read_table(data: bytes, name: str) -> pa.Table:
         raise pa.ArrowInvalid("it is compressed with gzip: unpack it first")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16").encode()
-    # Text in UTF-16 without a mark at its begin has a zero in about every other byte.
+    # Text in UTF-16 without a mark at its beginning has a zero in about every other byte.
     zeros = max(data[start:4096:2].count(0) for start in (0, 1))
     if data.startswith(_SPREADSHEETS) or 3 * zeros > len(data[:4096]):
         raise pa.ArrowInvalid(
