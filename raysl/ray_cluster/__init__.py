@@ -92,6 +92,17 @@ def start(compare: bool = True) -> None:
         _require_same_versions()
 
 
+def start_coordinator() -> None:
+    """Start the actor that Ray Train and Ray Data ask for resources; do not wait for it.
+
+    Without this, Ray Train starts it when it needs it, and the first step waits a second for its process.
+    """
+    with suppress(ImportError):  # a private function of Ray
+        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
+        get_or_create_autoscaling_coordinator()
+
+
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """Make SIGTERM interrupt this process as Ctrl-C does, or call the program's own handler, from the start of Ray on.

@@ -82,10 +82,11 @@ def start(**options: Any) -> None:
         UserError: the folder for temporary files cannot be used, or its path is too long.
     """
     global _home
+    from functools import partial
     from unittest.mock import patch
 
     import ray
-    from ray._private import ray_constants
+    from ray._private import parameter, ray_constants
 
     folder = _folder()
     home = _Home(folder, _lock_folder(folder))
@@ -117,7 +118,12 @@ def start(**options: Any) -> None:
     try:
         # `_node_ip_address="127.0.0.1"` is not enough: Ray 2.60 replaces it by an address that others can reach, and
         # most of its processes then listen on all interfaces, unless clusters are switched off, as on macOS.
-        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        # Its agent gets any free port: beside another Ray, Ray would try the usual one for 3 s before it starts.
+        agent = partial(parameter.RayParams, dashboard_agent_listen_port=0)
+        with (
+            patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),
+            patch.object(parameter, "RayParams", agent),
+        ):
             ray.init(
                 address="local", include_dashboard=False, _temp_dir=str(home.folder / _RAY_FOLDER), **options
             )

@@ -155,6 +155,7 @@ def _group(config: Pretraining, placement: Placement | None, local: bool) -> Wor
         in_process.check(config)
         return WorkerGroup(1, placement or in_process.place())
     ray_cluster.start()
+    ray_cluster.start_coordinator()
     shared_paths.refuse_local({"--run": config.run})
     counts = config.worker_counts()
     if placement is not None:

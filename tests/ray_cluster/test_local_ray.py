@@ -116,3 +116,14 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_k
             process.kill()
             process.communicate()
         shutil.rmtree(root)
+
+
+@pytest.mark.ray
+def test_the_agent_takes_any_free_port_and_does_not_wait_for_that_of_another_ray(ray_session: None) -> None:
+    import psutil
+
+    # The agent itself replaces its arguments by a name, so those that Ray's daemon starts it with are looked at.
+    words = [word for child in psutil.Process().children(recursive=True) for word in child.cmdline()]
+    commands = [word for word in words if word.startswith("--dashboard_agent_command=")]
+    assert commands
+    assert all(" --listen-port=0 " in command for command in commands)
