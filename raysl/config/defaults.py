@@ -28,15 +28,19 @@ SMALL_SIDE = 64
 _SAMPLE = 64
 # Every field that `resolve` may choose. A command that is to repeat a run has to name these.
 CHOSEN = frozenset(
-    "backbone.name backbone.norm bank.momentum view.image_size workers batch_size precision optim.lr optim.warmup "
-    "pirl.head pirl.temperature pirl.num_negatives npid.head npid.temperature npid.num_negatives simclr.norm "
-    "simclr.temperature jigsaw.grid".split()
+    "backbone.name backbone.norm bank.momentum view.image_size workers batch_size precision optim.name optim.lr "
+    "optim.warmup optim.weight_decay pirl.head pirl.temperature pirl.num_negatives npid.head npid.temperature "
+    "npid.num_negatives simclr.norm simclr.temperature jigsaw.grid".split()
 )
 # The fields of these for which it looks at the machine too.
 OF_MACHINE = frozenset("backbone.name view.image_size workers batch_size precision".split())
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
 _MANY = 1 << 31
+# Learning rates for convolutional networks; results/recipes compares them on small images.
+_RATES = {"sgd": 0.12, "adamw": 0.003, "lars": 3.0}
+# Beginnings of timm's names of transformers, and of networks that are trained like them.
+_TRANSFORMERS = ("vit", "deit", "beit", "eva", "swin", "cait", "xcit", "flexivit", "convnext", "naflexvit")
 
 
 @dataclass(frozen=True)
@@ -214,12 +218,24 @@ def _choices(
     if has_gpus:
         yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(num_images, workers, most=64 if photos and not has_gpus else 256)
-    if _name(given, "optim") in ("", "sgd"):
-        yield Choice("optim.lr", 0.12)
-        yield Choice("optim.warmup", 0.05)
+    yield from _of_optimiser(str(_name(given, "backbone")), str(_name(given, "optim")))
     own = [*_of_method(method, num_images), *(() if photos else _of_short_runs(method))]
     # Where trials compare methods, each has the defaults of its class; only the negatives of the first suit the images.
     yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
+
+
+def _of_optimiser(backbone: str, given: str) -> Iterator[Choice]:
+    """Yield the optimiser of a backbone, and a learning rate that suits both.
+
+    Transformers get AdamW, with the rate of DINO (Caron et al. 2021) and the weight decay of MAE (He et al. 2022).
+    """
+    if backbone.removeprefix(TIMM).startswith(_TRANSFORMERS) and given in ("", "adamw"):
+        yield Choice("optim.name", "adamw", "a transformer")
+        yield Choice("optim.lr", 0.0005)
+        yield Choice("optim.weight_decay", 0.05)
+    elif given in ("", *_RATES):
+        yield Choice("optim.lr", _RATES[given or "sgd"])
+    yield Choice("optim.warmup", 0.05)
 
 
 def _name(given: Mapping[str, Any], part: str) -> Any:

@@ -161,10 +161,24 @@ def test_help_says_which_defaults_are_chosen(capsys: pytest.CaptureFixture[str])
     assert chosen("--recipe", "simclr-r50") == 0
 
 
-@pytest.mark.parametrize("optim", [OptimConfig("adamw", lr=0.002), {"name": "adamw"}])
-def test_the_learning_rate_of_another_optimiser_stays(optim: Any, small: DataSet) -> None:
-    made = defaults.resolve({**RUN, "optim": optim}, small, 1, False)
-    assert (made.optim.name, made.optim.lr) == ("adamw", 0.002 if isinstance(optim, OptimConfig) else 0.03)
+@pytest.mark.parametrize(("name", "lr"), [("sgd", 0.12), ("adamw", 0.003), ("lars", 3.0)])
+def test_each_optimiser_gets_a_learning_rate_that_suits_it(name: str, lr: float, small: DataSet) -> None:
+    made = defaults.resolve({**RUN, "optim": {"name": name}}, small, 1, False)
+    assert (made.optim.name, made.optim.lr, made.optim.weight_decay) == (name, lr, 1e-4)
+    assert defaults.resolve({**RUN, "optim": {"name": name, "lr": 0.2}}, small, 1, False).optim.lr == 0.2
+
+
+def test_an_optimiser_that_is_given_whole_stays(small: DataSet) -> None:
+    given = OptimConfig("adamw", lr=0.002)
+    assert defaults.resolve({**RUN, "optim": given}, small, 1, False).optim == given
+
+
+def test_transformers_are_trained_with_adamw(small: DataSet) -> None:
+    vit = {"name": "timm/vit_tiny_patch16_224"}
+    made = defaults.resolve({**RUN, "backbone": vit}, small, 1, False).optim
+    assert (made.name, made.lr, made.weight_decay, made.warmup) == ("adamw", 0.0005, 0.05, 0.05)
+    own = defaults.resolve({**RUN, "backbone": vit, "optim": {"name": "sgd"}}, small, 1, False).optim
+    assert (own.name, own.lr, own.weight_decay) == ("sgd", 0.12, 1e-4)
 
 
 def test_trials_of_several_methods_have_the_hyperparameters_of_the_papers(small: DataSet) -> None:
