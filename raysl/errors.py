@@ -23,7 +23,7 @@ _RESUME = "The same command resumes the work."
 
 # Characters of a value that an error repeats.
 _LONGEST = 80
-# Of more names than the first, only the nearest are listed.
+# A message lists up to _MOST_LISTED names; of more, only the _NEAREST that are spelled like the one given.
 _MOST_LISTED, _NEAREST = 150, 10
 
 
@@ -67,7 +67,7 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = 
         listed: names to print in place of `known`, if these are many.
     """
     names = sorted(known)
-    # Of a dotted name, the last part is often given alone.
+    # Users often give only the last part of a dotted name.
     by_lower = {known_name.rpartition(".")[2].lower(): known_name for known_name in names}
     by_lower |= {known_name.lower(): known_name for known_name in names}
     given = name.lower()

@@ -77,8 +77,8 @@ class Bounds:
         return " and ".join(filter(None, (lower, upper))) + hint
 
 
+# A whole number that fits in 63 bits.
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
-"""A seed: a whole number that fits in 63 bits."""
 
 
 class FieldError(UserError):

@@ -31,7 +31,7 @@ from raysl.stream.views import View
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a model depends on of its data set, which may have no labels and an unknown fingerprint."""
+    """The properties of a data set that a model depends on. It may have no labels and an unknown fingerprint."""
 
     num_images: int
     num_classes: int = 0
@@ -213,7 +213,7 @@ def _has_statistics(config: BackboneConfig, crops: int, side: int) -> bool:
     Args:
         side: side of a crop in pixels.
     """
-    if config.norm == "joint":  # It sees the crops of all views.
+    if config.norm == "joint":  # joint BatchNorm sees the crops of all views
         return True
     body = network.skeleton(config).train()
     images_bchw = torch.zeros(crops, 3, side, side, dtype=torch.uint8, device=body.mean.device)

@@ -121,7 +121,7 @@ class Lars(Sgd):
             if not weights:
                 continue
             gradients = [weight.grad for weight in weights]
-            # Of all weights at once: on a GPU, a few kernels, and one for each weight that scales its gradient.
+            # The norms of all weights at once take a few kernels on a GPU, not one for each weight.
             lengths_w, steep_w = (torch.stack(torch._foreach_norm(many)) for many in (weights, gradients))
             scales_w = self.TRUST * lengths_w / (steep_w + decay * lengths_w).clamp(min=1e-12)
             # A weight of norm 0 would stay 0, so it takes an ordinary step.

@@ -134,7 +134,7 @@ def _add_trusted() -> None:
         _tried.add(name)
         try:
             found = import_module(name)
-            # Of a package nothing else is imported: the user may have named it for its backbone.
+            # The other modules of a package are not imported: the user may have named it for its backbone alone.
             if room := _room(found):
                 _add(room, _stem(found), found, gives_way=True)
         except UserError as error:
@@ -218,7 +218,7 @@ def check_trusted(
 
 def _trusted_place(name: str, run: str, source: str) -> str:
     if name.endswith(".py") and not Path(name).exists():
-        # Of a file that changed while it was in use, the last version counts.
+        # If the file changed while it was in use, the last version counts.
         content, file = source.rpartition("-")[2], Path(name).name
         known = [Path(one) for one in _trusted() if one.endswith(".py") and Path(one).is_file()]
         found = [one for one in known if _hash(one.read_bytes()) == content] if content else []

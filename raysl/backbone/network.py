@@ -44,7 +44,7 @@ class BackboneConfig(Checked):
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
         weights: file of weights that training starts from, in any format that `raysl probe` reads; a path or a
             URI. A run may also start from a finished run (its last checkpoint), RUN/checkpoints/step-NNN, or a
-            folder of `raysl export`. The untrained network "random" then has these weights too. If the checkpoint
+            folder of `raysl export`. The encoder "random" then has these weights too. If the checkpoint
             of a command is itself a weights file, this flag has no effect.
     """
 
@@ -355,7 +355,7 @@ def _own(name: str, joint: bool) -> Backbone:
     try:
         body = function()
     except TypeError as error:
-        if error.__traceback__ and error.__traceback__.tb_next:  # Of the function itself.
+        if error.__traceback__ and error.__traceback__.tb_next:  # raised inside of the function
             raise
         raise UserError(
             f"The backbone {name!r} must need no arguments: {error}. Give them defaults."

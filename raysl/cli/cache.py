@@ -38,7 +38,7 @@ class CacheConfig:
 
 
 def cache(config: CacheConfig) -> None:
-    """Print the copies in the cache, and remove superseded ones if that is asked for."""
+    """Print the copies in the cache, and remove superseded ones if `remove_superseded` is set."""
     found = list(copies.copies())
     if not found:
         print(f"The cache {root(None)} holds no copies.")

@@ -89,7 +89,7 @@ def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
     """
     made, rest = tyro.cli(kind, prog=program, args=list(words), return_unknown_args=True, **options)
     if any(word.startswith("-") for word in rest):
-        tyro.cli(kind, prog=program, args=list(words), **options)  # It names the flag and exits.
+        tyro.cli(kind, prog=program, args=list(words), **options)  # tyro names the unknown flag and exits
     if rest:
         first = list(words).index(rest[0])
         flag = next((word for word in reversed(words[:first]) if word.startswith("-")), "")
@@ -140,6 +140,6 @@ def peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> lis
     words = [w for one in arguments for w in (one.split("=", 1) if one.startswith(f"{flag}=") else [one])]
     if flag not in words:
         return list(default)
-    # Of a flag that is given twice, the last one counts.
+    # If a flag is given twice, the last one counts.
     after = words[len(words) - words[::-1].index(flag) :]
     return list(dict.fromkeys(itertools.takewhile(lambda value: not value.startswith("-"), after)))

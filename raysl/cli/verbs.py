@@ -34,7 +34,7 @@ from raysl.tuning.config import POPULATION, SweepConfig
 
 _FLAGS = tyro.conf.arg(name="")  # The fields of a configuration are flags without a prefix.
 # The names are the headings in the help.
-_BESIDE = {"probes_during_training": OnlineConfig, "running_without_ray": LocalConfig}
+_BESIDE = {"online_evaluation": OnlineConfig, "local_training": LocalConfig}
 _Run = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 
 

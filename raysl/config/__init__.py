@@ -30,7 +30,7 @@ class ViewConfig(Checked):
     Args:
         image_size: side of a training image in pixels; the sizes of jigsaw patches follow from it.
         min_scale: smallest share of the image's area that a random crop shows, above 0 and at most 1 (PIRL at 224
-            pixels: 0.08). A pretext transform may have a smallest share of its own.
+            pixels: 0.08). Some pretext transforms have a `min_scale` of their own.
         recipe: color augmentation: pirl, pirl+, simclr, mocov2, npid, byol_a, byol_b, gray (for jigsaws), plain, none;
             a name followed by the steps to leave out, such as simclr-gray-blur for simclr without gray and without
             blur; or MODULE:NAME or FILE.py:NAME of a function or a torchvision v2 transform that takes and returns a

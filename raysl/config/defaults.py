@@ -57,7 +57,7 @@ class Choice:
 
 
 class _Images(NamedTuple):
-    """What the choices depend on of a data set."""
+    """The properties of a data set that the choices depend on."""
 
     num_images: int
     are_photos: bool
@@ -70,7 +70,7 @@ def resolve(
     has_gpus: bool,
     varied: Collection[str] = (),
 ) -> Pretraining:
-    """Return the configuration of a new run: what is given, and for the rest what suits the images and the machine.
+    """Return the configuration of a new run: fields that are given, and defaults that suit the images and the machine.
 
     Args:
         given: fields of `Pretraining` and of the method's parts by their names; nested mappings for nested classes.
@@ -162,7 +162,7 @@ def check(given: Mapping[str, Any]) -> Pretraining:
     # The batch that will be chosen can be shared by the workers, and their number suits a batch that is given.
     batch = {"batch_size": 256 * int(least)} if least.isdecimal() and int(least) else {}
     made = from_fields({"workers": 1, **batch, **wanted})
-    if made.run != "-":  # It stands for no run.
+    if made.run != "-":  # "-" stands for no run
         run_folder.check_free(made.run)
     return made
 

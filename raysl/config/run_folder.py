@@ -10,7 +10,7 @@ from raysl.storage import Folder
 from raysl.storage.lock import is_lock
 
 METADATA = "metadata.json"
-# Of raysl 0.1.
+# The metadata file of raysl 0.1.
 OLD_METADATA = "passport.json"
 # What a folder may hold before the metadata: what raysl itself writes there (also a copied checkpoint of a sweep, the
 # rounds of a clusterfit, and what a killed process leaves), hidden files, and what people, shells and other loggers put

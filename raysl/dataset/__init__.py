@@ -261,7 +261,7 @@ class DataSet:
         pieces: list[tuple[int, NDArray[np.int64]]] = []
         for number in np.unique(shards):
             inside = groups[shards == number]
-            # Of a remote store, row groups that are not neighbours are read at the same time.
+            # A remote store is read at several places at the same time.
             gaps = np.flatnonzero((np.diff(inside) > 1) & (not self.folder.is_local))
             for part in np.split(inside, gaps + 1):
                 starts = range(0, len(part), _GROUPS_AT_ONCE)
@@ -323,7 +323,7 @@ class DataSet:
         """Return the label of every image: int64 (n,). Raises UserError if there are none, or if a file is damaged."""
         if not self.has_labels:
             raise UserError(
-                f"The data set {self.name!r} has no labels, and here they are needed. Give a data set whose "
+                f"The data set {self.name!r} has no labels, and this command needs them. Give a data set whose "
                 "source names classes, such as one folder per class."
             )
         if self.manifest.labels_checksum is None:

@@ -118,7 +118,7 @@ def _with_changes(config: ProbeConfig | None, changes: Mapping[str, Any]) -> Pro
 
 @dataclass(frozen=True)
 class _Context:
-    """The folder that gets the rows, which may hold nothing but rows, and the settings that come from the run."""
+    """Where the rows go (a run, or a folder for results), and the image size and the seed that come from a run."""
 
     run: Run
     image_size: int

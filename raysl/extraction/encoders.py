@@ -277,7 +277,7 @@ def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
     try:
         Folder(place or "/").open(file).close()
     except (OSError, StorageError) as error:
-        # Of a folder, the error would ask for a file.
+        # For a folder, this error would ask for a file.
         why = "" if isinstance(error, FileNotFoundError) or Folder(name).list() else f"{error} "
         if set("*?[") & set(name):
             why = "It is a pattern, and a command takes one run. "

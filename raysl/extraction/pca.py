@@ -19,7 +19,7 @@ from raysl.storage.feature_store import FeatureStore, Piece
 from raysl.storage.records import read_arrays, write_arrays
 
 FILE = "_pca.npz"
-# Of a task, so that tasks of a small machine can run beside other work.
+# CPUs of a task: less than one, so that the tasks of a small machine can run beside other work.
 _CPUS = 0.5
 
 

@@ -77,7 +77,7 @@ def root(cache: Path | None) -> Folder:
 
 def canonical(place: Place) -> Place:
     """Return a place without ".." in its path, so that all paths of a folder that differ in it have one copy."""
-    # Of a path that does not exist, the user is told what was given.
+    # If the path does not exist, the error repeats what the user gave.
     if ".." not in (parts := Path(place.uri).parts) or not place.uri.startswith("/"):
         return place
     path = Path("/")

@@ -42,7 +42,7 @@ class Drawn(NamedTuple):
 
     frames_nhwc: NDArray[np.uint8]
     sound_t: NDArray[np.int16]
-    # Of both shapes, then the figure: top, left, height, width in pixels, NaN out of the frame.
+    # Boxes of both shapes, then of the figure: top, left, height, width in pixels; NaN out of the frame.
     tracks_kn4: Array
     # The shape that sounds, 0 or 1, the number of its kind, and the number of the action of the figure.
     sounding: int
@@ -50,7 +50,7 @@ class Drawn(NamedTuple):
     action: int
     # x, y in pixels, and 1 where the point is seen.
     keypoints_np3: Array
-    # Of the middle frame: in sides of the frame, and unit vectors.
+    # Depth in the middle frame, in sides of the frame, and its normals, unit vectors.
     depth_hw: Array
     normals_hw3: Array
 

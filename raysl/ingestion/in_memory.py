@@ -50,7 +50,7 @@ def item(source: Any, number: int, name: str) -> Item:
     """Return an item of a sequence. Raises UserError, which names it, if the sequence fails."""
     try:
         return Item.of(source[number])
-    except Exception as error:  # Of the user's code.
+    except Exception as error:  # raised by the user's code
         why = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(
             f"Item {number} of {name} cannot be read: {why}. Correct it, or leave it out."

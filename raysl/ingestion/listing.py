@@ -321,7 +321,7 @@ class Survey:
         """Return the first images of a folder and of each folder below it."""
         _, children = self._tree
         below = [folder]
-        for at in below:  # It grows.
+        for at in below:  # `below` grows inside of the loop
             below += [join(at, name) for name in children.get(at, ())]
         return [path for at in below for path in self.first_paths.get(at, ())]
 

@@ -119,7 +119,7 @@ def ingest(
             return done or _ingest(opened, Journal(folder), config, lock)
     except UserError:
         if is_new and folder.is_local:
-            with suppress(OSError):  # It is not empty.
+            with suppress(OSError):  # the folder is not empty
                 os.rmdir(str(folder))
         raise
 

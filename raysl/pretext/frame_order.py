@@ -69,7 +69,7 @@ class FrameOrder(OfFrames):
             self.num_crops, self.num_labels = 3, 2
             self.orders = np.arange(3)[None]
         else:
-            # Of a permutation and its reverse, the one that begins with the earlier end.
+            # A permutation and its reverse count as one: take the one that begins with the earlier end.
             found = [order for order in permutations(range(config.frames)) if order[0] < order[-1]]
             self.num_crops, self.num_labels = config.frames, len(found)
             self.orders = np.array(found)

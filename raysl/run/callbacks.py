@@ -1,10 +1,10 @@
 """Callbacks: code of the user that follows a run, in the process that started it. Loggers for W&B, MLflow, TensorBoard.
 
-    class Stop(Callback):
+    class PrintLoss(Callback):
         def on_log(self, row):
             print(row["step"], row["loss"])
 
-    raysl.pretrain(data="photos", run="runs/first", callbacks=[Stop(), WandbLogger(project="photos")])
+    raysl.pretrain(data="photos", run="runs/first", callbacks=[PrintLoss(), WandbLogger(project="photos")])
 
 A callback that fails is reported once and left out from then on; the run continues.
 """
@@ -30,22 +30,22 @@ class Callback:
     """Base class: every method does nothing. They are called one at a time, some from a thread of their own."""
 
     def on_begin(self, run: Run) -> None:
-        """Called before the workers start. `run.metadata()` holds the configuration."""
+        """Handle the start of a run, before its workers start. `run.metadata()` holds the configuration."""
 
     def on_step(self, step: int) -> None:
-        """Called once for every step. Several calls come together, with the row that reports them."""
+        """Handle a step. Several calls come together, with the row that reports them."""
 
     def on_log(self, row: Mapping[str, Any]) -> None:
-        """Called for every row of metrics.jsonl: "step", "loss", "lr", "images_per_s" and so on."""
+        """Handle a row of metrics.jsonl: "step", "loss", "lr", "images_per_s" and so on."""
 
     def on_checkpoint(self, saved: Checkpoint) -> None:
-        """Called for every checkpoint that is complete."""
+        """Handle a checkpoint that is complete."""
 
     def on_probe(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Called with the primary metrics of the probes of a step: "step", "probe", "name", "value" and so on."""
+        """Handle the primary metrics of the probes of a step: "step", "probe", "name", "value" and so on."""
 
     def on_end(self, run: Run) -> None:
-        """Called when the run has ended, or has been interrupted."""
+        """Handle the end of a run, or its interruption."""
 
 
 class Callbacks:
@@ -63,7 +63,7 @@ class Callbacks:
 
     @contextmanager
     def following(self, run: Run, step: int) -> Iterator[None]:
-        """Tell that a run begins or resumes at a step, and that it has ended after the block."""
+        """Call `on_begin` before the block and `on_end` after it, for a run that begins or resumes at a step."""
         self._run, self._step = run, step
         if self._members:
             self._saved = {found.step for found in checkpoint.complete(run.checkpoints)}
@@ -75,7 +75,7 @@ class Callbacks:
             self._call("on_end", run)
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell of new rows of metrics, and of checkpoints that have been saved since."""
+        """Report new rows of metrics, and checkpoints that have been saved since the last call."""
         for row in rows:
             for step in range(self._step + 1, row["step"] + 1):
                 self._call("on_step", step)
@@ -85,7 +85,7 @@ class Callbacks:
             self.look()
 
     def look(self) -> None:
-        """Tell of checkpoints that are new."""
+        """Report new checkpoints."""
         if not self._members or self._run is None:
             return
         for found in checkpoint.complete(self._run.checkpoints):
@@ -94,7 +94,7 @@ class Callbacks:
                 self._call("on_checkpoint", found)
 
     def probe(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell of the rows of probes."""
+        """Report rows of probes."""
         self._call("on_probe", rows)
 
     def _call(self, name: str, *arguments: Any) -> None:

@@ -104,7 +104,7 @@ def check_facts(begun: Mapping[str, Any], now: Mapping[str, Any], uri: str) -> N
         and not name.endswith((".run", ".teacher"))
     ]
     if changed:
-        # Of a teacher that trains on, the newest checkpoint changes.
+        # While a teacher trains, its newest checkpoint changes.
         fixed = " with --distill.step, which names a checkpoint of the teacher" * ("teacher.step" in found)
         raise UserError(
             f"Files that the run at {uri!r} learns from have changed since it began: {'; '.join(changed)}. Restore "

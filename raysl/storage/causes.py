@@ -61,7 +61,7 @@ def may_pass(place: str, error: OSError) -> bool:
 def reason(error: OSError) -> str:
     """Return what an error says, on one line without the full stop, and without the place, which messages name."""
     text = " ".join((error.strerror or str(error)).split())
-    text = re.sub(r".*Detail: \[errno \d+\] |.*(?=is a directory$)", "", text)  # Of Arrow.
+    text = re.sub(r".*Detail: \[errno \d+\] |.*(?=is a directory$)", "", text)  # as Arrow words them
     return text[:300].rstrip(".")
 
 
@@ -74,6 +74,6 @@ def web_answer(uri: str) -> str:
         system.cat_file(path, 0, 1)
     except FileNotFoundError:
         return "the server has no such file"
-    except Exception as error:  # Of the package that fsspec loads for the scheme.
+    except Exception as error:  # raised by the package that fsspec loads for the scheme
         return str(error).partition(", url=")[0].strip() or type(error).__name__
     return "the server did not answer the first request"

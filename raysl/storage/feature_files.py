@@ -26,7 +26,7 @@ _LARGEST_HALF = float(np.finfo(np.float16).max)
 class FeatureForm:
     """Format of features on disk."""
 
-    # Of the numbers. A file with numbers outside of the range of float16 is float32 in either case.
+    # Type of the stored numbers. A file with numbers outside of the range of float16 is float32 in either case.
     dtype: Literal["float32", "float16"] = "float32"
     l2: bool = False  # divide every row by its norm plus 1e-5, before rounding
 

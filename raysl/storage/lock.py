@@ -190,7 +190,7 @@ class DriverLock:
         now, aside = _read_record(self.folder), path.with_name(f"{NAME}.{uuid.uuid4().hex}")
         try:
             if now in (None, ended):
-                os.rename(path, aside)  # Of several drivers that find the same record, one succeeds.
+                os.rename(path, aside)  # If several drivers find the same record, one succeeds.
                 if (now := _read_record(self.folder, aside.name)) == ended:
                     aside.unlink()
                     return

@@ -112,5 +112,5 @@ def read_arrays(folder: Folder, name: str, remedy: str) -> dict[str, npt.NDArray
         raise UserError(f"The file {folder}/{name} is missing. {remedy}") from error
     except StorageError:
         raise
-    except Exception as error:  # Of zip, zlib, NumPy and others.
+    except Exception as error:  # zip, zlib, NumPy and others raise their own
         raise UserError(f"The file {folder}/{name} is damaged: {error}. {remedy}") from error

@@ -52,7 +52,7 @@ class RemoteFile(Seekable):
             if self._file is None:
                 self._file = self._open_file()
             return function(self._file)
-        except Exception:  # Of fsspec, also classes that are no OSError.
+        except Exception:  # fsspec also raises errors that are no OSError
             self._forget()
             raise
 

@@ -1,7 +1,7 @@
 """The source of a stream on Ray: tasks of Ray Data make the batches of one training worker, in plan order.
 
-A task receives step numbers, reads the images itself and may run ahead of the trainer. A long stream is a row of
-pipelines, each of which starts before the last one has ended.
+A task receives step numbers, reads the images itself and may run ahead of the trainer. A long stream is made by
+several pipelines, one after the other; each starts shortly before the previous one ends.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ def extremes(values_hwc: NDArray[Any]) -> tuple[float, float]:
 
 
 def scaled(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    """Scale values to uint8: `low`, less and NaN become 0, `high` and more 255. If `low` >= `high`, all become 0."""
+    """Scale values to uint8: up to `low` and NaN become 0, from `high` on 255. If `low` >= `high`, all become 0."""
     out = np.zeros(values.shape, np.uint8)
     if not low < high:
         return out

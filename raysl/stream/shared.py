@@ -91,7 +91,7 @@ class StreamActor:
         self._batches: dict[int, dict[str, Any]] = {}
         self._max_batches = _LEAST_BATCHES
         self._next = start
-        # Newest step that each run has requested.
+        # The newest step that a run has requested, by run.
         self._requested: dict[str, int] = {}
         self._thread: threading.Thread | None = None
         self._failed = False

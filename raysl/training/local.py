@@ -44,9 +44,9 @@ class LocalConfig(Checked):
 
     Args:
         local: train with one worker in this process and without Ray, which starts sooner. On a machine without a GPU
-            and with at most 8 CPUs, a run of one worker does so in any case; with RAY_ADDRESS=local it takes Ray. Only
-            to ingest more than two shards Ray starts first. The results equal those of one worker on Ray, bit for bit,
-            and a run may continue with or without Ray.
+            and with at most 8 CPUs, a run of one worker does so in any case; with RAY_ADDRESS=local it uses Ray. Ray
+            still starts if more than two shards are ingested first. The results equal those of one worker on Ray, bit
+            for bit, and a run may continue with or without Ray.
     """
 
     local: bool = False

@@ -79,7 +79,7 @@ class ProgressActor:
             self.fail(UserError(stall or often))
 
     def stalled(self, rank: int, doing: str) -> None:
-        """Record what a worker does that has not ended a step for long; "" when it has ended one after all."""
+        """Record what a stalled worker is doing; "" once it has ended its step."""
         self._stalled[rank] = doing
         if not doing:
             self._stalled.pop(rank)
@@ -130,7 +130,7 @@ class ProgressActor:
 
 
 class Progress:
-    """What a worker reports to its driver and asks it. This one has no driver."""
+    """The worker's side of the exchange with its driver. This base class has no driver and does nothing."""
 
     def begin(self, step: int, workers: int, reached: int, saves: str) -> int:
         """Report the first step of a worker group; see `ProgressActor.begin`."""
@@ -237,18 +237,16 @@ def stall_sentence(step: int, stalled: Mapping[int, str], workers: int) -> str:
     """
     does = {rank: stalled.get(rank, "does not answer") for rank in range(max(workers, 1 + max(stalled)))}
     others = [f"worker {rank} {doing}" for rank, doing in does.items() if doing != OTHERS]
-    found = f"After step {step}, the workers waited in vain for each other: "
+    found = f"After step {step}, the workers timed out waiting for each other: "
     if IMAGES in does.values():
-        return (
-            f"{found}{', '.join(others)}. Its data tasks get no CPU (`ray status`), or the storage is away."
-        )
+        return f"{found}{', '.join(others)}. Its data tasks get no CPU (`ray status`), or the storage does not answer."
     if others:
         return f"{found}{', '.join(others)}. Look at its machine: at its GPU (`nvidia-smi`), memory and disk."
     return (
         f"{found}none is behind the others. The network between the machines is the likely cause: a firewall, or "
         "NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs) that names no interface which all machines share. "
-        "NCCL_DEBUG=INFO and RAYSL_LOG_TO_DRIVER=1 show more. Else a GPU has failed (`nvidia-smi`), or an own "
-        "objective exchanges tensors on some workers only."
+        "NCCL_DEBUG=INFO and RAYSL_LOG_TO_DRIVER=1 show more. Otherwise a GPU has failed (`nvidia-smi`), or an "
+        "objective of yours exchanges tensors on some workers only."
     )
 
 

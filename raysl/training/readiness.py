@@ -44,7 +44,7 @@ def check(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
 
 
 def check_before_ingest(asked: Pretraining, given: Mapping[str, Any]) -> None:
-    """Raise UserError for a mistake of the method or the network that no images would mend: to read them takes long.
+    """Raise UserError for a mistake in the method or the network that no images can correct, before the slow ingest.
 
     What raysl chooses depends on the images and on the GPUs of the cluster, so that all choices must be impossible.
 

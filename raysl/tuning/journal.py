@@ -26,7 +26,7 @@ from raysl.storage import Folder
 from raysl.storage.records import signed_lines, verified_lines
 
 NAME = run_folder.SWEEP_JOURNAL
-# Of the rows above. Sweeps of raysl 0.1 have no such number.
+# Version of the rows above. Sweeps of raysl 0.1 have no such number.
 FORMAT = 2
 
 _log = logging.getLogger("raysl.tuning")

@@ -64,7 +64,7 @@ class _TrialState:
 
     @property
     def may_continue(self) -> bool:
-        """True for a paused trial that has had all of its results delivered."""
+        """True for a paused trial whose results have all been delivered."""
         paused = self.trial.status == Trial.PAUSED and not self.outcome
         return paused and self.delivered == len(self.results) > 0
 
@@ -271,7 +271,7 @@ class OrderedScheduler(TrialScheduler):  # type: ignore[misc]
 
 
 class _ControllerView:
-    """The controller of Ray Tune as the inner scheduler sees it: trials in order of number, live without an outcome."""
+    """Ray Tune's controller as the inner scheduler sees it: trials by number; those without an outcome are live."""
 
     # Population based training refuses to work beside a searcher, and a sweep always has an `OrderedSearcher`.
     search_alg = None

@@ -46,7 +46,7 @@ class SweepResults:
         """The configuration of the sweep, without the places of its data."""
         settings = _known(SweepConfig, self.journal.header["config"])
         if settings.get("probe", SweepConfig.probe) not in probes.names():
-            _ = self.base  # It adds the plugins of the sweep, or says that one is not trusted.
+            _ = self.base  # adds the plugins of the sweep, or raises if one is not trusted
         return SweepConfig(str(self.journal.folder), tuple(self.space.names), **settings)
 
     @cached_property
@@ -55,7 +55,7 @@ class SweepResults:
 
     @cached_property
     def base(self) -> Pretraining:
-        """The configuration of every run, except what varies. Raises UserError if it would run code of a stranger."""
+        """The configuration of every run, except what varies. Raises UserError for a plugin that is not trusted."""
         return Pretraining.stored({**self.journal.header["base"], "run": "-"}, str(self.journal.folder))
 
     @property

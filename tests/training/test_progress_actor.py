@@ -69,7 +69,7 @@ def test_workers_that_wait_in_vain_tell_what_they_do_and_end(monkeypatch: pytest
     assert one.is_late(1000, now_s + 960)
     (said,) = actor.take_messages()
     assert said.startswith(
-        "After step 8, the workers waited in vain for each other: worker 1 waits for images, "
+        "After step 8, the workers timed out waiting for each other: worker 1 waits for images, "
     )
     assert "worker 2 does not answer" in said
     actor.crash(8, 0, "trace: connection closed by peer")
