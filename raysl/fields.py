@@ -77,6 +77,8 @@ class Bounds:
         return " and ".join(filter(None, (lower, upper))) + hint
 
 
+# The module name of a plugin's file; see `raysl.plugins`.
+_PLUGIN_FILE = re.compile(r"^raysl_plugin_(.+)_[0-9a-f]{12}$")
 # A whole number that fits in 63 bits.
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 
@@ -124,7 +126,8 @@ def prefix(kind: type[Any]) -> str:
     """Return the prefix of a class's flags: the module's name for a `Config`, otherwise the name without "Config"."""
     name = kind.__name__
     if name == "Config":
-        return f"{kind.__module__.rpartition('.')[2]}."
+        module = kind.__module__.rpartition(".")[2]
+        return _PLUGIN_FILE.sub(r"\1", module) + "."
     short = name.removesuffix("Config")
     return f"{short.lower()}." if short != name else ""
 

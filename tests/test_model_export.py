@@ -98,19 +98,20 @@ def code(out: Folder, block: int) -> str:
 def assert_the_card_gives_the_features_of_the_probes(
     run: Run, form: Any, monkeypatch: pytest.MonkeyPatch, block: int = 0
 ) -> None:
-    """Run the program on the card, in its folder, on a photo that is not square."""
+    """Run the program on the card, in its folder, on a photo that is not square, and on one of the size of the run."""
     out = export(run, ExportConfig(form))
     monkeypatch.chdir(str(out))
     coarse = np.random.default_rng(1).integers(0, 256, (7, 9, 3), np.uint8)
-    Image.fromarray(coarse).resize((131, 77)).save("photo.jpg")
-    names: dict[str, Any] = {}
-    with torch.inference_mode():
-        exec(code(out, block), names)
-    wanted = raysl.load(run)("photo.jpg")
-    scale = float(wanted.abs().max())
-    torch.testing.assert_close(
-        torch.as_tensor(names["features"]) / scale, wanted / scale, rtol=1e-4, atol=1e-4
-    )
+    for size in ((131, 77), (32, 32)):
+        Image.fromarray(coarse).resize(size).save("photo.jpg")
+        names: dict[str, Any] = {}
+        with torch.inference_mode():
+            exec(code(out, block), names)
+        wanted = raysl.load(run)("photo.jpg")
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(
+            torch.as_tensor(names["features"]) / scale, wanted / scale, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,10 @@ def test_timm_loads_it_from_the_folder(resnet: Run) -> None:
     out = export(resnet, ExportConfig("timm"))
     network = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0)
     torch.testing.assert_close(features(network), expected(resnet), rtol=1e-4, atol=1e-5)
+    with_head = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5)
+    assert features(with_head).shape == (3, 5)
+    with_head.reset_classifier(0)
+    torch.testing.assert_close(features(with_head), expected(resnet), rtol=1e-4, atol=1e-5)
 
 
 def test_timm_gets_the_names_of_torchvision(resnet: Run) -> None:
@@ -315,6 +320,12 @@ def test_a_backbone_without_such_a_layout_is_refused_before_the_weights_are_read
     monkeypatch.setattr(Trained, "network", lambda self: pytest.fail("the weights are read"))
     with pytest.raises(UserError, match="--format safetensors"):
         export(small, ExportConfig(form))
+
+
+def test_a_refused_format_names_the_others_that_work(tmp_path: Path) -> None:
+    run = made(tmp_path, BackboneConfig("timm/vit_tiny_patch16_224", patch_size=8))
+    with pytest.raises(UserError, match="Use --format timm, safetensors or onnx"):
+        export(run, ExportConfig("torchvision"))
 
 
 def test_a_checkpoint_that_is_not_there_is_told(small: Run) -> None:

@@ -351,6 +351,8 @@ def test_a_missing_plugin_is_refused() -> None:
 def test_the_example_of_an_objective_is_its_papers_equation() -> None:
     plugins.load_module(EXAMPLE)
     config_type, objective_type = methods.load_objective("uniformity")
+    with pytest.raises(UserError, match=r"^--uniformity\.weight is -1"):
+        config_type(weight=-1.0)
     backbone, of_run = setup()
     objective = objective_type(config_type(dim=8, weight=0.5), of_run)
     of = batch(objective, 5)

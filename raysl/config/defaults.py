@@ -19,7 +19,6 @@ from PIL import Image
 from raysl.backbone.network import TIMM
 from raysl.config import Pretraining, differences, from_dict, methods, run_folder, told, value_of
 from raysl.dataset import DataSet
-from raysl.errors import counted
 
 _log = logging.getLogger("raysl.config.defaults")
 
@@ -86,7 +85,7 @@ def resolve(
     if listed:
         _log.info(
             "Chosen for %s with a shorter side of about %d pixels; a flag replaces each:",
-            *(counted(dataset.num_images, "image"), side),
+            *(dataset.size, side),
         )
     for choice in listed:
         _log.info("%s", choice)

@@ -143,7 +143,12 @@ class DataSet:
 
     def __repr__(self) -> str:
         classes = f" in {counted(len(self.manifest.classes), 'class')}" if self.manifest.classes else ""
-        return f"DataSet({str(self.folder)!r}: {counted(self.num_images, 'image')}{classes})"
+        return f"DataSet({str(self.folder)!r}: {self.size}{classes})"
+
+    @property
+    def size(self) -> str:
+        """The number of images or clips as text, such as "24 clips"."""
+        return counted(self.num_images, "clip" if self.manifest.clips else "image")
 
     @staticmethod
     def is_one(uri: str) -> bool:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raysl import extraction, probes
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
-from raysl.errors import UserError, counted, explained, unknown
+from raysl.errors import UserError, explained, unknown
 from raysl.evaluation.apart import check_apart, same_set, warn_of_same, warn_of_shared
 from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import MODEL, ROWS, TITLES, add_rows, check_writable, protocol_hash, shown
@@ -298,7 +298,7 @@ def _extract(
         encoder = frozen_encoder(source, data.train, context.image_size, data.bn_statistics)
         wanted += [(encoder, dataset, protocol) for dataset in sets]
     # Not "test images": a sweep scores trials on images that it has held out of the train images.
-    sizes = [counted(one.num_images, "image") for one in (data.train, data.test)]
+    sizes = [one.size for one in (data.train, data.test)]
     named = (f"{sizes[0]} to learn from", f"{sizes[1]} to score")
     _log.info("Computing the features of %s ...", " and ".join(named[-len(sets) :]))
     cache = config.cache or context.run.folder / "features"

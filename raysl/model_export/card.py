@@ -31,6 +31,7 @@ Weights of the backbone, without a head, after {steps} of pretraining with raysl
 | data | {images:,} images, fingerprint {fingerprint} |
 | seed | {seed} |
 | images | shorter side resized to {short} pixels (bilinear), then the central {size} x {size} |
+| images of {size} x {size} | stay as they are |
 | unusual images | raysl lays transparent images on white and scales 16 bits to 8, which `convert("RGB")` does not |
 | BatchNorm | {statistics} |
 
@@ -77,8 +78,9 @@ def _pytorch(imports: Sequence[str], *model: str) -> str:
         *imports,
         *_OPEN,
         *model,
-        "crop = [transforms.Resize({short}), transforms.CenterCrop({size}), transforms.ToTensor()]",
-        "transform = transforms.Compose([*crop, transforms.Normalize({mean}, {std})])",
+        "crop = [transforms.Resize({short}), transforms.CenterCrop({size})] if image.size != ({size}, {size}) else []",
+        "pixels = [transforms.ToTensor(), transforms.Normalize({mean}, {std})]",
+        "transform = transforms.Compose([*crop, *pixels])",
         "features = model.eval()(transform(image)[None])",
     )
 
@@ -99,6 +101,8 @@ _USE = {
         *_OPEN,
         'model = timm.create_model("local-dir:.", pretrained=True, num_classes=0).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        "if image.size == ({size}, {size}):  # stays as it is",
+        "    transform.transforms = transform.transforms[2:]  # without Resize and CenterCrop",
         "features = model(transform(image)[None])",
     ),
     "safetensors": _python(
@@ -108,10 +112,11 @@ _USE = {
         "import numpy as np",
         "import onnxruntime",
         *_OPEN,
-        "wide, tall = (int({short} * side / min(image.size)) for side in image.size)",
-        "left, top = round((wide - {size}) / 2), round((tall - {size}) / 2)",
-        "image = image.resize((wide, tall), Image.Resampling.BILINEAR)",
-        "image = image.crop((left, top, left + {size}, top + {size}))",
+        "if image.size != ({size}, {size}):",
+        "    wide, tall = (int({short} * side / min(image.size)) for side in image.size)",
+        "    left, top = round((wide - {size}) / 2), round((tall - {size}) / 2)",
+        "    image = image.resize((wide, tall), Image.Resampling.BILINEAR)",
+        "    image = image.crop((left, top, left + {size}, top + {size}))",
         "pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]  # RGB, 0 to 255; any number of images",
         'model = onnxruntime.InferenceSession("model.onnx")',
         'features = model.run(None, {{"images_bchw": pixels}})[0]',

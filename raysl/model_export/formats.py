@@ -69,6 +69,7 @@ def timm_options(backbone: Backbone, config: Pretraining) -> dict[str, Any]:
 def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     architecture, _, tag = timm_name(config.backbone.name).partition(".")
     size = config.view.image_size
+    of_timm = getattr(backbone.body, "pretrained_cfg", {})  # residual networks of torchvision have none
     seen = {
         "mean": (backbone.mean.flatten() / 255).tolist(),
         "std": (backbone.std.flatten() / 255).tolist(),
@@ -79,6 +80,8 @@ def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes
         # timm resizes the shorter side to floor(size / crop_pct).
         "crop_pct": size / (evaluation_side(size) + 0.5),
         "tag": tag,
+        # For a new head (`num_classes=10`), timm leaves out the weights of the layer of this name.
+        "classifier": of_timm.get("classifier", "fc"),
     }
     about: dict[str, Any] = {"architecture": architecture, "num_classes": 0, "num_features": backbone.width}
     about |= {"model_args": timm_options(backbone, config), "pretrained_cfg": seen}
@@ -147,9 +150,10 @@ FORMATS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetenso
 
 
 def _no_layout(form: str, config: Pretraining, why: str) -> UserError:
+    others = "timm, safetensors or onnx" if usual(config) == "timm" != form else "safetensors or onnx"
     return UserError(
         f"--format {form} does not support the backbone of this run: {config.backbone.name!r} is {why}. Use --format "
-        "safetensors or onnx."
+        f"{others}."
     )
 
 

@@ -119,7 +119,7 @@ def _announce(
     _log.info(
         "%s on %s %s: %s of %d.",
         config.method,
-        counted(dataset.num_images, "image"),
+        dataset.size,
         f"resumes from step {saved}" if saved else "begins again" if again else "begins",
         counted(plan.num_steps - saved, "more step" if saved else "step"),
         config.batch_size,
