@@ -26,6 +26,7 @@ _MODULE_OF = {
     "FeatureExtractor": "raysl.extraction.inference",
     "FeaturesConfig": "raysl.extraction.features",
     "IngestConfig": "raysl.ingestion.pipeline",
+    "Interrupted": "raysl.errors",
     "KMeansConfig": "raysl.clustering.options",
     "MLflowLogger": "raysl.run.callbacks",
     "OptimConfig": "raysl.optim",

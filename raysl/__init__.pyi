@@ -21,6 +21,7 @@ from raysl.config import ViewConfig as ViewConfig
 from raysl.contrastive.bank import BankConfig as BankConfig
 from raysl.dataset import DataSet as DataSet
 from raysl.diagnostics import DoctorConfig as DoctorConfig
+from raysl.errors import Interrupted as Interrupted
 from raysl.errors import UserError as UserError
 from raysl.evaluation.results import rows as rows
 from raysl.extraction.features import FeaturesConfig as FeaturesConfig

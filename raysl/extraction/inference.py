@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from raysl.backbone import external_weights
 from raysl.backbone.network import BackboneConfig
@@ -21,7 +21,7 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError, explained, unknown
 from raysl.extraction import encoders, exports
 from raysl.extraction import layers as layer_names
-from raysl.extraction.encoders import Encoder, Trained, view_size
+from raysl.extraction.encoders import Encoder, NetworkEncoder, Trained, view_size
 from raysl.extraction.layers import POOLED, Encode
 from raysl.extraction.reestimated import Reestimated
 from raysl.ingestion import pixel_files, resolve
@@ -86,6 +86,21 @@ class FeatureExtractor:
         if not features:
             raise UserError("There are no images to compute features of. Give at least one.")
         return torch.cat(features)  # Outside of inference mode, so that gradients may be computed from it.
+
+    def module(self) -> nn.Module:
+        """Return a new copy of the network, to train it further in a loop of your own.
+
+        Returns:
+            A module in training mode, on the device, from RGB images (b, 3, s, s), uint8 or float in 0 .. 255, to float
+            features (b, width). It normalises the images itself.
+
+        Raises:
+            UserError: this is "pixels", which is no network.
+        """
+        encoder = self._encoder
+        if isinstance(encoder, NetworkEncoder | Reestimated) and self.name != "pixels":
+            return encoder.network().to(self._device).train()
+        raise UserError(f"{self.name!r} is no network that can be trained. Load a run, an export or weights.")
 
     def _encode(self, layer: str) -> Encode:
         if not layer_names.is_spec(layer) or layer_names.layer_of(layer) not in self.layers:

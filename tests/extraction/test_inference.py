@@ -60,6 +60,23 @@ def test_a_run_gives_the_features_of_its_probes(tmp_path: Path) -> None:
     assert views(dataset).shape[2:] == (16, 16)
 
 
+def test_the_module_of_a_run_can_be_trained(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, network = make_run(dataset, tmp_path / "run")
+    model = load(run)
+    module = model.module()
+    images_bchw = views(dataset)
+    with torch.inference_mode():
+        np.testing.assert_allclose(module.eval()(images_bchw), direct(network, dataset), rtol=1e-4, atol=1e-5)
+    module.train()(images_bchw).sum().backward()
+    assert all(weight.grad is not None for weight in module.parameters())
+    with torch.no_grad():
+        next(module.parameters()).zero_()
+    assert next(model.module().parameters()).any()
+    with pytest.raises(UserError, match="'pixels' is no network"):
+        load("pixels", bn_images=dataset).module()
+
+
 def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:
     model = load("pixels", image_size=16)
     expected = Pixels().load(torch.device("cpu"), ["pooled"])(evaluation_views([png(PHOTO)], 16))["pooled"]
