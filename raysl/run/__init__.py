@@ -40,12 +40,10 @@ from raysl.stream.plan import num_steps
 
 METADATA = run_folder.METADATA
 METRICS = "metrics.jsonl"
-_OLD_METADATA = run_folder.OLD_METADATA
 _PART = re.compile(r"metrics-\d{6}\.jsonl")
 # Rows of one part in an object store, which is written again at every flush until it is full.
 _PART_ROWS = 5000
-# Rows that are read at a time.
-_BLOCK_ROWS = 50_000
+_BLOCK_ROWS = 50_000  # rows that are read at a time
 # Columns of metrics that TensorBoard does not show.
 _NO_CHART = ("step", "epoch", "over_steps", "workers", "lost_steps", "eta_s", "wait_s")
 
@@ -56,6 +54,9 @@ class Run:
 
     folder: Folder
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
     @staticmethod
     def open(uri: str) -> Run:
         """Open the run at `uri`.
@@ -64,11 +65,15 @@ class Run:
             UserError: there is no run, its metadata is damaged, or it was made by raysl 0.1.
         """
         run = Run(Folder(uri))
-        if run.folder.exists(_OLD_METADATA):
+        if run.folder.exists(run_folder.OLD_METADATA):
             raise _old_format_error(uri)
         if not run.folder.exists(METADATA):
             if DataSet.is_one(uri):
                 raise UserError(f"{uri!r} is a data set and no run. Give the folder of a run.")
+            if run.folder.exists(run_folder.SWEEP_JOURNAL):
+                raise UserError(
+                    f"{uri!r} is a sweep. Give one of its runs, such as {uri}/trials/0000/seed-0."
+                )
             raise UserError(
                 f"No run at {uri!r}: there is no {METADATA}. {similar_folder(uri, METADATA)}Runs are made by "
                 "`raysl pretrain --data DATA --run RUN`."
@@ -80,7 +85,7 @@ class Run:
     def find(uri: str) -> Run | None:
         """Return the run at `uri`; None where there is none yet, or one that failed before it wrote any result."""
         folder = Folder(uri)
-        if not folder.exists(METADATA) and not folder.exists(_OLD_METADATA):
+        if not folder.exists(METADATA) and not folder.exists(run_folder.OLD_METADATA):
             return None
         run = Run.open(uri)
         return run if run._holds_results() else None
@@ -95,7 +100,7 @@ class Run:
             UserError: the folder holds a run with another configuration or other images, or one of raysl 0.1.
         """
         run = Run(Folder(config.run))
-        if run.folder.exists(_OLD_METADATA):
+        if run.folder.exists(run_folder.OLD_METADATA):
             raise _old_format_error(config.run)
         if not run.folder.exists(METADATA):
             return None

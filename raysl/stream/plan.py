@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from raysl import rng
 from raysl.dataset import DataSet, Rows
-from raysl.errors import UserError, counted
+from raysl.errors import UserError
 
 LANES = 8
 WINDOW_ROWS = 1024
@@ -51,8 +51,8 @@ class Plan:
         """
         if batch_size > dataset.num_images:
             raise UserError(
-                f"--batch-size is {batch_size} and the data set has {counted(dataset.num_images, 'image')}; the "
-                "batch must not be larger than the data set."
+                f"--batch-size is {batch_size} and the data set has {dataset.size}. Give more "
+                "images, or a smaller batch."
             )
         starts = dataset.row_group_starts
         rows_per_group = dataset.num_images / (len(starts) - 1)

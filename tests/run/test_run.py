@@ -130,6 +130,12 @@ def test_where_there_is_no_run(tmp_path: Path) -> None:
         Run.open(str(tmp_path))
     with pytest.raises(UserError, match="no complete checkpoint yet"):
         begin(tmp_path).newest()
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept" / "sweep.jsonl").touch()
+    with pytest.raises(
+        UserError, match=r"swept' is a sweep\. Give one of its runs, such as .*swept/trials/0000/seed-0"
+    ):
+        Run.open(str(tmp_path / "swept"))
 
 
 def test_metrics_are_in_the_file_after_a_flush(tmp_path: Path) -> None:
