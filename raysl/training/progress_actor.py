@@ -293,7 +293,7 @@ def step_line(step: int, num_steps: int, with_loss: int) -> str:
     Args:
         with_loss: the step of the next row.
     """
-    return f"step {step:>5}/{num_steps}  the loss follows at step {with_loss}"
+    return f"step {step:>5}/{num_steps}  the next loss at step {with_loss}"
 
 
 def resuming(saved: int) -> str:

@@ -266,7 +266,7 @@ def test_a_signal_saves_the_run_at_its_step(
     finally:
         driver.kill()
     # The first step has a line before the first row of metrics.
-    assert "the loss follows at step 10" in said
+    assert "the next loss at step 10" in said
     newest = Run.open(str(run)).newest()
     assert f"Stopped by {name} after step {newest.step}, which is saved" in " ".join(said.split())
     assert Run.open(str(run)).metrics()[-1]["step"] == newest.step

@@ -165,7 +165,7 @@ def test_the_first_step_has_a_line_before_the_first_row(
     with caplog.at_level("INFO", "raysl"):
         run = pretrain(config, local=True)
     lines = [line for line in caplog.messages if line.startswith("step ")]
-    assert lines[0] == "step     1/18  the loss follows at step 10"
+    assert lines[0] == "step     1/18  the next loss at step 10"
     assert [line.split()[1] for line in lines] == ["1/18", "10/18", "18/18"]
     rows, of_steps = run.metrics(), [row["loss"] for row in finished.metrics()]
     assert [row["step"] for row in rows] == [10, 18]
@@ -179,9 +179,9 @@ def test_slow_steps_have_lines_between_the_rows(
     with caplog.at_level("INFO", "raysl"):
         pretrain(replace(alone(dataset, tmp_path / "run"), log_every=6), until=8, local=True)
     lines = [line for line in caplog.messages if line.startswith("step ")]
-    follows = [line.split()[1] for line in lines if "the loss follows at step" in line]
+    follows = [line.split()[1] for line in lines if "the next loss at step" in line]
     assert follows == ["1/18", "2/18", "3/18", "4/18", "5/18", "7/18"]
-    assert "step     7/18  the loss follows at step 8" in lines
+    assert "step     7/18  the next loss at step 8" in lines
 
 
 def test_a_killed_data_process_is_an_error_of_one_sentence(dataset: DataSet, tmp_path: Path) -> None:
