@@ -27,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def install() -> None:
+def add_handler() -> None:
     """Print messages of raysl, unless the program has set up logging itself."""
     logger = logging.getLogger("raysl")
     if not logger.handlers and not logging.getLogger().handlers:
@@ -58,7 +58,7 @@ def working(message: str, *, first: bool = False) -> Iterator[None]:
 @contextmanager
 def verb(name: str) -> Iterator[None]:
     """Print the first line of a verb, before anything slow is imported, unless that has been done."""
-    install()
+    add_handler()
     inside = any(isinstance(one, _Handler) and one.depth for one in logging.getLogger("raysl").handlers)
     if inside:
         yield
@@ -67,7 +67,7 @@ def verb(name: str) -> Iterator[None]:
             yield
 
 
-def announced(function: Callable[P, T]) -> Callable[P, T]:
+def prints_start_line(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function of the API that is a verb."""
 
     @functools.wraps(function)

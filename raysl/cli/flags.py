@@ -31,7 +31,7 @@ _FOR_MACHINE = tyro.conf.arg(help_behavior_hint="(default: chosen from images an
 class Parsed:
     """The flags of a run."""
 
-    given: dict[str, Any]  # fields from flags or a recipe; see `raysl.config.defaults.resolve`
+    given: dict[str, Any]  # fields from flags or a recipe; see `raysl.config.defaults.choose_defaults`
     config: Pretraining  # the same, completed with the defaults of the classes
     beside: dict[str, Any]  # the additional dataclasses of `parse`, by name
 
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
         SystemExit: a flag does not exist (2), or help is requested (0).
     """
     beside = beside or {}
-    plugins.use(peek_all(arguments, "--plugin", ()))
+    plugins.add_and_trust(peek_all(arguments, "--plugin", ()))
     recipe = next(iter(peek_all(arguments, "--recipe", ())), "")
     base = recipes.load(recipe, "", "") if recipe else Pretraining("", "")
     method = next(iter(peek_all(arguments, "--method", ())), base.method)
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
     extra = {name: values.pop(name) for name in beside}
     typed = {word.partition("=")[0][2:].replace("_", "-") for word in arguments if word.startswith("--")}
     explicit = values if recipe else _explicit(values, typed, "")
-    return Parsed(explicit, defaults.check(explicit), extra)
+    return Parsed(explicit, defaults.validated_config(explicit), extra)
 
 
 def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:

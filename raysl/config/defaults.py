@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from raysl.backbone.network import TIMM
-from raysl.config import Pretraining, differences, from_dict, methods, run_folder, told, value_of
+from raysl.config import Pretraining, differences, format_value, from_dict, methods, run_folder, value_of
 from raysl.dataset import DataSet
 from raysl.errors import counted
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("raysl.config.defaults")
 # Images with a shorter side up to this many pixels are small.
 SMALL_SIDE = 64
 _SAMPLE = 64
-# Every field that `resolve` may choose. A command that is to repeat a run has to name these.
+# Every field that `choose_defaults` may choose. A command that is to repeat a run has to name these.
 CHOSEN = frozenset(
     "backbone.name backbone.norm bank.momentum view.image_size workers batch_size precision optim.name optim.lr "
     "optim.warmup optim.weight_decay pirl.head pirl.temperature pirl.num_negatives npid.head npid.temperature "
@@ -63,7 +63,7 @@ class _Images(NamedTuple):
     are_photos: bool
 
 
-def resolve(
+def choose_defaults(
     given: Mapping[str, Any],
     dataset: DataSet,
     usual_workers: int,
@@ -94,7 +94,7 @@ def resolve(
 
 
 def before_data(given: Mapping[str, Any]) -> list[Pretraining]:
-    """Return what `resolve` would choose for many small images, and for photos without and with GPUs."""
+    """Return what `choose_defaults` would choose for many small images, and for photos without and with GPUs."""
     wanted = _without_usual(given)
     cases = ((False, False), (True, False), (True, True))
     return [_completed(wanted, _choices(wanted, _Images(_MANY, photos), 1, gpus)) for photos, gpus in cases]
@@ -128,7 +128,11 @@ def log_taken(made: Pretraining, given: Mapping[str, Any]) -> None:
     plain = Pretraining(made.data, made.run, made.method, plugin=made.plugin)
     values = made.to_json()
     names = ["method"] * (made.method != Pretraining.method) + differences(plain.to_json(), values)
-    left = {name.removeprefix("parts."): told(value_of(values, name)) for name in names if name != "workers"}
+    left = {
+        name.removeprefix("parts."): format_value(value_of(values, name))
+        for name in names
+        if name != "workers"
+    }
     order = sorted(left, key=lambda name: (name != "method", name in CHOSEN))
     taken = [f"{name.replace('_', '-')} {left[name]}" for name in order if not _contains(given, name)]
     if taken:
@@ -151,7 +155,7 @@ def from_fields(fields: Mapping[str, Any]) -> Pretraining:
     return made
 
 
-def check(given: Mapping[str, Any]) -> Pretraining:
+def validated_config(given: Mapping[str, Any]) -> Pretraining:
     """Return the configuration with the values of the classes for what is not given, without data or machine.
 
     Raises:

@@ -146,7 +146,7 @@ class DataSet:
         return f"DataSet({str(self.folder)!r}: {counted(self.num_images, 'image')}{classes})"
 
     @staticmethod
-    def is_one(uri: str) -> bool:
+    def exists_at(uri: str) -> bool:
         """Return True if there is a finished data set at `uri`. A URI with "#SPLIT" behind it names a source."""
         folder = Folder(uri)
         return (folder.is_local or "#" not in str(folder).rpartition("/")[2]) and folder.exists(MANIFEST)

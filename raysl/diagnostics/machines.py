@@ -70,7 +70,7 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
     placement, refused, started, waits = None, "", {}, ""
     try:
         found = cluster_placement.machines()
-        placement = cluster_placement.place(workers, found)
+        placement = cluster_placement.make_placement(workers, found)
         more = len(cluster_placement.machines_for(workers, found, placement.gpus_per_worker)) - len(found.now)
         # The machines that the autoscaler would start first for trainers.
         later = capacity.remaining([autoscaler.type_of(node) for node in alive])[0] if capacity else ()

@@ -18,11 +18,19 @@ from raysl import extraction, probes
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted, explained, unknown
-from raysl.evaluation.apart import check_apart, same_set, warn_of_same, warn_of_shared
 from raysl.evaluation.options import ProbeConfig
-from raysl.evaluation.results import MODEL, ROWS, TITLES, add_rows, check_writable, protocol_hash, shown
+from raysl.evaluation.results import (
+    MODEL,
+    ROWS,
+    TITLES,
+    add_rows,
+    check_writable,
+    format_row_value,
+    protocol_hash,
+)
+from raysl.evaluation.train_test_overlap import refuse_same_images, same_set, warn_of_same, warn_of_shared
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe, Row, Subject, common_labels
 from raysl.probes._task import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
@@ -44,7 +52,7 @@ def probe(
 
     Args:
         run: a run with at least one complete checkpoint, or its folder.
-        train: labelled data that the probes learn from; a source that `raysl.ingestion.resolve` accepts.
+        train: labelled data that the probes learn from; a source that `raysl.ingestion.open_or_ingest` accepts.
         test: labelled data on which the probes are scored. Probes without labels use only these images.
         config: what is probed; fields in `changes` replace its own.
 
@@ -156,7 +164,7 @@ def _run_probes(
     """Return the rows of every encoder and probe. Each is stored as soon as it exists: a later probe may fail."""
     ready = config.ready()
     layers = [layers_of(source, config.layers) for source in sources]
-    train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
+    train, test = (one if isinstance(one, DataSet) else open_or_ingest(one) for one in (train, test))
     labelled = [name for name, (_, probe) in ready.items() if isinstance(probe, LabelledProbe)]
     common = common_labels(train, test) if labelled else (None, None)
     data = _Data(train, test, config.bn_statistics, *common)
@@ -195,7 +203,7 @@ def _run_probes(
 
 def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: DataSet) -> None:
     """Raise UserError if data do not suit one of the probes, or one that learns would be scored on the same images."""
-    check_apart(list(ready), train, test)
+    refuse_same_images(list(ready), train, test)
     for _, probe in ready.values():
         if hasattr(probe, "check_data"):
             probe.check_data(train, test)
@@ -203,7 +211,7 @@ def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: Dat
 
 def _names_besides(test: DataSet, train: DataSet) -> str:
     """Return some classes that images of the test set show and none of the train set, with counts, for a message."""
-    shown, learned = (
+    format_row_value, learned = (
         {
             one.manifest.classes[i]: count
             for i, count in zip(*np.unique(one.labels(), return_counts=True), strict=True)
@@ -211,7 +219,9 @@ def _names_besides(test: DataSet, train: DataSet) -> str:
         }
         for one in (test, train)
     )
-    names = [f"{name} {shown[name]:,}" for name in sorted(shown.keys() - learned.keys())]
+    names = [
+        f"{name} {format_row_value[name]:,}" for name in sorted(format_row_value.keys() - learned.keys())
+    ]
     return f": {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
 
 
@@ -337,7 +347,12 @@ def _stored_rows(found: Iterable[Row], probe: Probe, identity: Mapping[str, Any]
         if primary:
             encoder = TITLES.get(identity["encoder"], identity["encoder"])
             _log.info(
-                "%-10s %-10s %-8s %s %s", identity["probe"], encoder, row.layer, row.name, shown(stored)
+                "%-10s %-10s %-8s %s %s",
+                identity["probe"],
+                encoder,
+                row.layer,
+                row.name,
+                format_row_value(stored),
             )
     return rows
 

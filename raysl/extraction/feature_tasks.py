@@ -47,7 +47,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
 _PART_IMAGES = 4096
 _PART_BYTES = 32 << 20
 _BATCH = 128
-_ATTEMPTS = 3
+_MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _compute_missing(
             for part in extraction.missing():
                 here.write(number, part)
         return
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(_MAX_ATTEMPTS):
         missing = [
             (number, *part) for number, extraction in enumerate(extractions) for part in extraction.missing()
         ]
@@ -186,7 +186,7 @@ def _compute_missing(
         except UserError:
             raise
         except Exception:
-            if attempt == _ATTEMPTS - 1:
+            if attempt == _MAX_ATTEMPTS - 1:
                 raise
 
 

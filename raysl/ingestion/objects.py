@@ -24,7 +24,7 @@ from raysl.errors import UserError, counted, explained
 from raysl.ingestion import in_memory, png, tables
 from raysl.ingestion.found import names_checked, printable
 from raysl.ingestion.pixel_files import is_pixels
-from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
+from raysl.ingestion.sources import Opened, ReadConfig, SourceLocation, open_source
 from raysl.storage import Folder
 
 _log = logging.getLogger("raysl.ingestion")
@@ -90,8 +90,8 @@ class Rows:
                     writer.close()
             if writer is None:
                 raise UserError(f"The source, {self.name}, is empty. Give at least one image.")
-            place = Place(str(dest / FOLDER / _FILE), config=replace(config, follow_links=True))
-            return open_source(replace(place, called=self.name, state=state.digest.hexdigest()))
+            location = SourceLocation(str(dest / FOLDER / _FILE), config=replace(config, follow_links=True))
+            return open_source(replace(location, called=self.name, state=state.digest.hexdigest()))
         except UserError:
             dest.delete(FOLDER)
             raise
@@ -177,7 +177,7 @@ def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Rows:
         if given is not None:
             if (twice := next((i for i, one in enumerate(items) if one.has_label), None)) is not None:
                 raise in_memory.labelled_twice(name, twice)
-            told = in_memory.listed(given, count, "the files")
+            told = in_memory.label_list(given, count, "the files")
             items = [one._replace(label=label) for one, label in zip(items, told, strict=True)]
         if config.labels == "none":
             items = [one._replace(label=None) for one in items]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode
 from raysl.communication.device_copy import to_device
-from raysl.errors import Unset, UserError, explained
+from raysl.errors import MissingValueError, UserError, explained
 from raysl.fields import Checked
 from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.storage import Folder, filesystem
@@ -113,7 +113,7 @@ class Assignments:
                 index of 0 .. N - 1 once; or the clusters are not in 0 .. K - 1; or there are fewer than two.
         """
         if not uri:
-            raise Unset(
+            raise MissingValueError(
                 "The objective 'clusterfit' needs a table of cluster ids. Give the Parquet file with "
                 "--clusterfit.labels: its columns are index and cluster."
             )
@@ -140,7 +140,7 @@ class Assignments:
 
 def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
     """Read the two columns and the metadata of a table."""
-    fs, path = filesystem(Folder(uri).uri, patience_s=90)
+    fs, path = filesystem(Folder(uri).uri, retry_s=90)
     what = f"The table {uri!r} (--clusterfit.labels) cannot be read"
     remedy = "Give a Parquet file, or a folder of them, with the integer columns index and cluster."
     with explained(what, remedy, OSError, pa.ArrowException):

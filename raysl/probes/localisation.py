@@ -27,7 +27,7 @@ from torch.nn.functional import interpolate
 from raysl.backbone import norm
 from raysl.dataset import DataSet
 from raysl.dataset.clips import Clips
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.extraction import Trained
 from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds
@@ -76,7 +76,7 @@ class Localisation(InTask[Config]):
         """Raise UserError if the clips do not say what sounds."""
         for data in (train, test):
             if "sounding" not in data.manifest.clips.get("columns", []):
-                raise Unset(
+                raise MissingValueError(
                     f"The probe localisation needs clips that say which object sounds, and {data.name!r} does "
                     "not. Give --train clips:1000#train --test clips:200#test."
                 )

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from raysl.dataset import DataSet
-from raysl.errors import Unset, UserError, explained
+from raysl.errors import MissingValueError, UserError, explained
 from raysl.extraction import EncodeMaps
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, field_values
@@ -92,7 +92,7 @@ class Normals(InTask[Config]):
         if self.config.data:
             return
         if not all(NORMALS in one.manifest.clips.get("columns", []) for one in (train, test)):
-            raise Unset(
+            raise MissingValueError(
                 "The probe normals needs images with maps of surface normals, and --train or --test has none. Give "
                 "--normals.data FOLDER, a folder with train/images, train/normals, test/images and test/normals, or "
                 "clips that have normals, such as --train clips:500 --test clips:200#test."

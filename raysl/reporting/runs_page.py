@@ -18,7 +18,7 @@ from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows, newest_rows
 from raysl.reporting.tables import Estimate, Table, tables
-from raysl.training.progress_actor import duration
+from raysl.training.progress_actor import format_duration
 
 # Names of measures whose highest value is the best; a spread such as top1_std has no best value.
 _BETTER_IF_MORE = re.compile(r"(top\d+|m?AP\d*|precision)([/@,].*)?")
@@ -178,7 +178,12 @@ def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
         spans = [_span(member) for member in group.runs if member.trained]
         wall_s, worker_s, images = np.sum([(0.0, 0.0, 0.0), *spans], axis=0)
         if wall_s:
-            cells = [f"{len(group.runs)}", f"{int(images):,}", duration(wall_s), f"{worker_s / 3600:.2f}"]
+            cells = [
+                f"{len(group.runs)}",
+                f"{int(images):,}",
+                format_duration(wall_s),
+                f"{worker_s / 3600:.2f}",
+            ]
             yield [group.label, *cells, f"{images / wall_s:.0f}"]
 
 

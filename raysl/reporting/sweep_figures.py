@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from raysl.errors import counted
 from raysl.reporting.figure import Figure, plot_png
-from raysl.tuning.results import LABELS, SweepResults, shown
+from raysl.tuning.results import LABELS, SweepResults, format_sweep_value
 from raysl.tuning.space import Dimension
 
 _MOST_PAIRS = 6
@@ -66,14 +66,16 @@ class _Axis:
         axes.set_xlabel(self.name)
         if self.log:
             axes.set_xscale("log")
-            _plain(axes.xaxis)
+            _plain_ticks(axes.xaxis)
         # Sampled values lie anywhere, and their labels would overlap.
         if not self.numeric or (self.listed and len(self.values) <= 8):
-            axes.set_xticks([self.place(v) for v in self.values], [shown(v) for v in self.values])
+            axes.set_xticks(
+                [self.place(v) for v in self.values], [format_sweep_value(v) for v in self.values]
+            )
             axes.minorticks_off()
 
 
-def _plain(axis: Any) -> None:
+def _plain_ticks(axis: Any) -> None:
     """Set the ticks of a logarithmic axis to 1, 2, 5, 10, ..., written as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -133,8 +135,8 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
                 axes.text(i, j, f"{cells[j, i]:.3f}", ha="center", va="center", bbox=box)
         axes.grid(visible=False)
         axes.imshow(cells, origin="lower", aspect="auto", cmap="viridis")
-        axes.set_xticks(range(len(x.values)), [shown(v) for v in x.values])
-        axes.set_yticks(range(len(y.values)), [shown(v) for v in y.values])
+        axes.set_xticks(range(len(x.values)), [format_sweep_value(v) for v in x.values])
+        axes.set_yticks(range(len(y.values)), [format_sweep_value(v) for v in y.values])
 
     def dots(axes: Any) -> None:
         xs, ys = [x.place(a) for a, _, _ in points], [y.place(b) for _, b, _ in points]
@@ -143,7 +145,7 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
         x.apply_to(axes)
         if y.log:
             axes.set_yscale("log")
-            _plain(axes.yaxis)
+            _plain_ticks(axes.yaxis)
 
     def draw(axes: Any) -> None:
         (heat if listed else dots)(axes)
@@ -172,7 +174,7 @@ def _parallel(results: SweepResults) -> Figure:
         names = [*(axis.name for axis in axes_of), results.config.probe]
         slant: dict[str, Any] = {"rotation": 25, "ha": "right"} if len(names) > 5 else {}
         axes.set_xticks(range(len(names)), names, **slant)
-        ends = [(shown(axis.values[0]), shown(axis.values[-1])) for axis in axes_of]
+        ends = [(format_sweep_value(axis.values[0]), format_sweep_value(axis.values[-1])) for axis in axes_of]
         for i, (least, greatest) in enumerate([*ends, (f"{low:.3f}", f"{high:.3f}")]):
             axes.text(i, -0.06, least, ha="center", fontsize=8)
             axes.text(i, 1.03, greatest, ha="center", fontsize=8)

@@ -12,7 +12,7 @@ from raysl.errors import counted
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.sweep_figures import figures
-from raysl.tuning.results import SweepResults, described, doubts, number, shown
+from raysl.tuning.results import SweepResults, described, doubts, format_sweep_value, number
 
 _BODY = """<p>{{ summary }}</p>
 {% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
@@ -89,7 +89,7 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, Any]:
-    cells = [str(row["trial"]), *(shown(row["values"][name]) for name in names)]
+    cells = [str(row["trial"]), *(format_sweep_value(row["values"][name]) for name in names)]
     cells += [number(row["score"]), number(row["spread"]), f"{epochs * row['share']:.3g}"]
     return {"cells": cells, "why": row["reason"] or row["state"]}
 

@@ -67,7 +67,7 @@ class Run:
         if run.folder.exists(_OLD_METADATA):
             raise _old_format_error(uri)
         if not run.folder.exists(METADATA):
-            if DataSet.is_one(uri):
+            if DataSet.exists_at(uri):
                 raise UserError(f"{uri!r} is a data set and no run. Give the folder of a run.")
             raise UserError(
                 f"No run at {uri!r}: there is no {METADATA}. {similar_folder(uri, METADATA)}Runs are made by "
@@ -86,7 +86,7 @@ class Run:
         return run if run._holds_results() else None
 
     @staticmethod
-    def check(config: Pretraining, dataset: DataSet) -> dict[str, Any] | None:
+    def resumable_metadata(config: Pretraining, dataset: DataSet) -> dict[str, Any] | None:
         """Return the metadata of the run that a configuration resumes; None if its folder holds no run.
 
         Any configuration may replace that of a run that failed before it wrote any result.
@@ -119,9 +119,10 @@ class Run:
             facts: what the parts of the method add to the metadata, such as a hash of the permutations.
 
         Raises:
-            UserError: as `check`; or files that the run depends on, such as cluster ids or a teacher, have changed.
+            UserError: as `resumable_metadata`; or files that the run depends on, such as cluster ids or a teacher, have
+                changed.
         """
-        run, metadata = Run(Folder(config.run)), Run.check(config, dataset)
+        run, metadata = Run(Folder(config.run)), Run.resumable_metadata(config, dataset)
         facts = json.loads(json.dumps(facts))
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
         if metadata is not None and not run._holds_results() and is_replaced(metadata, config, dataset):
@@ -183,7 +184,7 @@ class Run:
 
     def newest(self) -> Checkpoint:
         """Return the newest complete checkpoint. Raises UserError when there is none yet."""
-        found = checkpoint.newest(self.checkpoints)
+        found = checkpoint.newest_checkpoint(self.checkpoints)
         if found is None:
             raise UserError(f"The run at {str(self.folder)!r} has no complete checkpoint yet.")
         return found

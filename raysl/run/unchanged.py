@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from raysl.config import Pretraining, differences, may_change, told, value_of
+from raysl.config import Pretraining, differences, format_value, may_change, value_of
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 
@@ -43,7 +43,7 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
             f"finished, a new run starts from its weights by --backbone.weights {shlex.quote(uri)}."
         )
         each = (
-            f"{n} is {told(value_of(begun, n))} in the run and {told(value_of(wanted, n))} now"
+            f"{n} is {format_value(value_of(begun, n))} in the run and {format_value(value_of(wanted, n))} now"
             for n in changed
         )
         raise UserError(
@@ -75,7 +75,7 @@ def images_kept(metadata: Mapping[str, Any]) -> str:
     """
     data = metadata["data"]
     with suppress(UserError):
-        if DataSet.is_one(data["uri"]) and (
+        if DataSet.exists_at(data["uri"]) and (
             DataSet.open(data["uri"]).manifest.fingerprint == data["fingerprint"]
         ):
             return (
@@ -96,7 +96,7 @@ def check_facts(begun: Mapping[str, Any], now: Mapping[str, Any], uri: str) -> N
     """
     found = {name: (value_of(begun, name), value_of(now, name)) for name in differences(begun, now)}
     changed = [
-        f"{name} was {told(old)} and is {told(new)} now"
+        f"{name} was {format_value(old)} and is {format_value(new)} now"
         for name, (old, new) in found.items()
         if old is not None
         and new is not None

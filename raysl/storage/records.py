@@ -66,17 +66,17 @@ def verified_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 def read_record(folder: Folder, name: str, remedy: str) -> dict[str, Any]:
     """Return a JSON object that `write_record` wrote. Raises UserError, which ends with `remedy`, if it is damaged."""
-    place = f"{folder}/{name}"
+    path = f"{folder}/{name}"
     try:
         value = json.loads(folder.read(name))
     except FileNotFoundError as error:
-        raise UserError(f"The file {place} is missing. {remedy}") from error
+        raise UserError(f"The file {path} is missing. {remedy}") from error
     except ValueError as error:
-        raise UserError(f"The file {place} is damaged: it is not JSON. {remedy}") from error
+        raise UserError(f"The file {path} is damaged: it is not JSON. {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"The file {place} is damaged: it holds no JSON object. {remedy}")
+        raise UserError(f"The file {path} is damaged: it holds no JSON object. {remedy}")
     if value.pop("checksum", None) != _checksum(value):
-        raise UserError(f"The file {place} is damaged: its checksum does not match. {remedy}")
+        raise UserError(f"The file {path} is damaged: its checksum does not match. {remedy}")
     return value
 
 

@@ -15,7 +15,7 @@ from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining, run_folder
 from raysl.errors import UserError
 from raysl.fields import Bounds, CheckedTop
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.ray_cluster.versions import versions
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
@@ -77,7 +77,7 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         )
     newest = first.newest()
     steps = min(config.steps, newest.step) if config.steps else newest.step
-    at = checkpoint.of_step(first.checkpoints, steps)
+    at = checkpoint.checkpoint_of_step(first.checkpoints, steps)
     if at is None and not any(row["step"] <= steps for row in first.metrics()):
         raise _nothing(steps)
     metadata = first.metadata()
@@ -85,7 +85,7 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
     # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))
-    fingerprint = resolve(again.data).manifest.fingerprint
+    fingerprint = open_or_ingest(again.data).manifest.fingerprint
     if not _is_interrupted(again, steps, fingerprint):
         if not config.out:
             Folder(out).delete()  # The rest of an earlier comparison.

@@ -40,7 +40,7 @@ _log = logging.getLogger("raysl.tuning")
 COMPARE_WITH_EARLIER = (FIFOScheduler, ASHAScheduler, MedianStoppingRule)
 
 # Errors of a trial's actors between two results that it may survive. A lost machine may cause two errors.
-MAX_CRASHES = 6
+MAX_TRIAL_CRASHES = 6
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -172,7 +172,7 @@ class OrderedScheduler(TrialScheduler):  # type: ignore[misc]
         if isinstance(error, StorageError):  # The trial is not at fault, and the others would fail too.
             raise error
         self.trials[n].crashes += 1
-        if self.trials[n].crashes <= MAX_CRASHES and error is None:
+        if self.trials[n].crashes <= MAX_TRIAL_CRASHES and error is None:
             _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", n, reason)
             # If Ray Tune queues the trial again, it has set this status by now. Otherwise it gives the trial up: a
             # second error of the lost actor, such as that of its checkpoint, has reached a trial in the queue.

@@ -226,10 +226,10 @@ def _known(kind: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def described(values: Mapping[str, Any]) -> str:
     """Return a point in one line."""
-    return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
+    return ", ".join(f"{name}={format_sweep_value(value)}" for name, value in values.items())
 
 
-def shown(value: Any) -> str:
+def format_sweep_value(value: Any) -> str:
     """Return a value as it can be typed on the command line."""
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
@@ -301,7 +301,10 @@ def render(results: SweepResults) -> RenderableType:
     made.add_column("")
 
     for row in rows:
-        values = [f"{v:.3g}" if isinstance(v, float) else shown(v) for v in (row["values"][n] for n in names)]
+        values = [
+            f"{v:.3g}" if isinstance(v, float) else format_sweep_value(v)
+            for v in (row["values"][n] for n in names)
+        ]
         epoch, scores = f"{results.base.epochs * row['share']:.3g}", (row["score"], row["spread"])
         made.add_row(str(row["trial"]), *values, *map(number, scores), epoch, row["state"])
     blank = [""] * (1 + len(names))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from raysl import ray_cluster
-from raysl.errors import UserError, answered
+from raysl.errors import UserError, exit_on_errors
 
 
 @pytest.mark.ray
@@ -78,7 +78,7 @@ def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
 def test_a_lost_process_of_ray_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     from ray.exceptions import ActorDiedError
 
-    with pytest.raises(SystemExit) as left, answered("raysl"):
+    with pytest.raises(SystemExit) as left, exit_on_errors("raysl"):
         raise ActorDiedError()
     assert left.value.code == 1
     said = capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_an_error_that_would_repeat_keeps_its_traceback() -> None:
     begun = ActorDiedError()
     begun.error_msg = "The actor died because of an error raised in its creation task, ValueError: bad"
     for error in (unpickled, begun):
-        with pytest.raises(type(error)), answered("raysl"):
+        with pytest.raises(type(error)), exit_on_errors("raysl"):
             raise error
 
 
