@@ -54,7 +54,7 @@ def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fi
 
     Args:
         source: an image folder, tables, archives, arrays or "shapes:N", as a path or a URI; or images in memory, a list
-            of files, or a data set of torch, pandas, Hugging Face or Ray; see `raysl.ingestion.objects.Rows.of`.
+            of files, or a data set of torch, pandas, Hugging Face or Ray; see `raysl.ingestion.objects.ObjectRows.of`.
         dest: folder of the data set, a path or a URI.
         config, fields: the configuration; see `IngestConfig`. `labels` may be a label for each image in memory.
     """

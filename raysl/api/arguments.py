@@ -223,11 +223,11 @@ def _suited(values: Mapping[str, Any], asked: Pretraining, unlisted: Sequence[st
         # Before a source is ingested, which takes its time.
         placement.make_placement(asked.worker_counts()[0])
     machines = placement.machines()
-    return _resolved(values, asked.data, placement.usual_workers(machines), machines.has_gpus, unlisted)
+    return _resolved(values, asked.data, placement.default_workers(machines), machines.has_gpus, unlisted)
 
 
 def _resolved(
-    values: Mapping[str, Any], data: str, usual_workers: int, has_gpus: bool, unlisted: Sequence[str]
+    values: Mapping[str, Any], data: str, default_workers: int, has_gpus: bool, unlisted: Sequence[str]
 ) -> Pretraining:
     """Return the configuration of a run; one that exists keeps what it was begun with."""
     from raysl.config import defaults
@@ -236,10 +236,10 @@ def _resolved(
     images = dataset(data)
     begun = Run.find(str(values["run"])) if values.get("run") not in (None, "-") else None
     if begun is not None:
-        made = defaults.resume(begun.config(), values, usual_workers, has_gpus)
+        made = defaults.resume(begun.config(), values, default_workers, has_gpus)
         defaults.log_taken(made, values)
         return made
-    return defaults.choose_defaults(values, images, usual_workers, has_gpus, unlisted)
+    return defaults.choose_defaults(values, images, default_workers, has_gpus, unlisted)
 
 
 def unseen(asked: Pretraining) -> list[str]:

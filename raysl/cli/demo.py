@@ -67,15 +67,15 @@ def demo(config: DemoConfig) -> None:
     train, test = splits(DRAWN if config.data == "shapes" else config.data)
     logging.getLogger("raysl.ingestion").setLevel(logging.WARNING)
     with console_log.working("Preparing the images ..."):
-        dataset, judged = open_or_ingest(train), open_or_ingest(test)
+        dataset, eval_set = open_or_ingest(train), open_or_ingest(test)
     if not dataset.has_labels:
         raise UserError(
             f"The demo measures with labels and {config.data!r} has none. Use `raysl pretrain` on it."
         )
-    counts = counted(dataset.num_images, "image"), f"{judged.num_images:,}"
+    counts = counted(dataset.num_images, "image"), f"{eval_set.num_images:,}"
     _log.info("%s to learn from, without labels; %s to test on.", *counts)
     # The demo shows workers on Ray, also where one worker would do without.
-    several = placement.usual_workers() if placement.machines().has_gpus else 2
+    several = placement.default_workers() if placement.machines().has_gpus else 2
     settings = _settings(config, dataset, out, config.workers or several)
     grid = out / "views.png"
     views = Model.of(settings, dataset).views()
@@ -84,7 +84,7 @@ def demo(config: DemoConfig) -> None:
     # On the images that it learns from, kNN leaves each image out of its own vote; a classifier cannot.
     probes = ("knn",) if train == test else ("knn", "linear")
     with console_log.working("Probing the trained network, the untrained one, and raw pixels ..."):
-        rows = probe(run, dataset, judged, probes=probes)
+        rows = probe(run, dataset, eval_set, probes=probes)
     console.print(_table(rows))
     console.print("\n".join(verdicts(rows)), markup=False)
     console.print(f"\nWhat the method sees:  {grid}", soft_wrap=True, highlight=False)

@@ -108,7 +108,7 @@ def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
 def _marked(name: str, hint: Any, value: Any, prefix: str = "") -> tuple[str, Any, Any]:
     """Return a field of flags whose help names the defaults that `raysl.config.defaults` chooses from the data."""
     if f"{prefix}{name}" in defaults.CHOSEN:
-        chosen = _FOR_MACHINE if f"{prefix}{name}" in defaults.OF_MACHINE else _FOR_DATA
+        chosen = _FOR_MACHINE if f"{prefix}{name}" in defaults.MACHINE_DEPENDENT else _FOR_DATA
         return name, Annotated[hint, chosen], value
     if not any(chosen.startswith(f"{name}.") for chosen in defaults.CHOSEN):
         return name, hint, value

@@ -314,7 +314,7 @@ def reproduce(run: _Run, config: Annotated[ReproduceConfig, _FLAGS]) -> None:
         config: see `ReproduceConfig`.
     """
     found = api.reproduce(run, config)
-    for line in found.numbers:
+    for line in found.result_differences:
         print(f"differs: {line}")
     if not found.same:
         raise SystemExit(1)

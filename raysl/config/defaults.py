@@ -33,7 +33,7 @@ CHOSEN = frozenset(
     "npid.num_negatives simclr.norm simclr.temperature jigsaw.grid".split()
 )
 # The fields of these for which it looks at the machine too.
-OF_MACHINE = frozenset("backbone.name view.image_size workers batch_size precision".split())
+MACHINE_DEPENDENT = frozenset("backbone.name view.image_size workers batch_size precision".split())
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
 _MANY = 1 << 31
@@ -66,7 +66,7 @@ class _Images(NamedTuple):
 def choose_defaults(
     given: Mapping[str, Any],
     dataset: DataSet,
-    usual_workers: int,
+    default_workers: int,
     has_gpus: bool,
     varied: Collection[str] = (),
 ) -> Pretraining:
@@ -74,13 +74,13 @@ def choose_defaults(
 
     Args:
         given: fields of `Pretraining` and of the method's parts by their names; nested mappings for nested classes.
-        usual_workers: number of workers that suits the machine.
+        default_workers: number of workers that suits the machine.
         has_gpus: whether the machine or cluster has GPUs.
         varied: dotted names of the fields that trials vary; they are chosen too, but not listed.
     """
-    wanted, side = _without_usual(given), short_side(dataset)
+    wanted, side = _without_auto_workers(given), short_side(dataset)
     images = _Images(dataset.num_images, side > SMALL_SIDE)
-    offered = _choices(wanted, images, usual_workers, has_gpus, "method" in varied)
+    offered = _choices(wanted, images, default_workers, has_gpus, "method" in varied)
     choices = [choice for choice in offered if not _contains(wanted, choice.name)]
     listed = [choice for choice in choices if choice.name not in varied]
     if listed:
@@ -93,9 +93,9 @@ def choose_defaults(
     return _completed(wanted, choices)
 
 
-def before_data(given: Mapping[str, Any]) -> list[Pretraining]:
+def possible_configs(given: Mapping[str, Any]) -> list[Pretraining]:
     """Return what `choose_defaults` would choose for many small images, and for photos without and with GPUs."""
-    wanted = _without_usual(given)
+    wanted = _without_auto_workers(given)
     cases = ((False, False), (True, False), (True, True))
     return [_completed(wanted, _choices(wanted, _Images(_MANY, photos), 1, gpus)) for photos, gpus in cases]
 
@@ -109,14 +109,14 @@ def _completed(wanted: Mapping[str, Any], choices: Iterable[Choice]) -> Pretrain
     return from_fields(_merged(values, wanted))
 
 
-def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int, has_gpus: bool) -> Pretraining:
+def resume(begun: Pretraining, given: Mapping[str, Any], default_workers: int, has_gpus: bool) -> Pretraining:
     """Return the configuration of a run that exists: what it was begun with, and what is given now."""
-    wanted = _without_usual(given)
+    wanted = _without_auto_workers(given)
     values = begun.to_json()
     parts = values.pop("parts")
     # Two workers without GPUs fit everywhere, and go on exactly.
-    if begun.batch_size % usual_workers == 0 and (has_gpus or str(begun.workers) != "2"):
-        values["workers"] = usual_workers
+    if begun.batch_size % default_workers == 0 and (has_gpus or str(begun.workers) != "2"):
+        values["workers"] = default_workers
     if wanted.get("method", begun.method) == begun.method:
         values |= parts
     return from_fields(_merged(values, wanted))
@@ -124,7 +124,7 @@ def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int, has
 
 def log_taken(made: Pretraining, given: Mapping[str, Any]) -> None:
     """Log what a resumed run has that is neither given nor the value of the classes. `CHOSEN` comes last."""
-    given = _without_usual(given)
+    given = _without_auto_workers(given)
     plain = Pretraining(made.data, made.run, made.method, plugin=made.plugin)
     values = made.to_json()
     names = ["method"] * (made.method != Pretraining.method) + differences(plain.to_json(), values)
@@ -139,8 +139,8 @@ def log_taken(made: Pretraining, given: Mapping[str, Any]) -> None:
         _log.info("Taken from the run: %s.", ", ".join(taken))
 
 
-def _without_usual(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out a number of workers that is 0, which stands for the usual number."""
+def _without_auto_workers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out a number of workers that is 0, which stands for the default number."""
     return {name: value for name, value in given.items() if name != "workers" or value not in (0, "0")}
 
 
@@ -161,7 +161,7 @@ def validated_config(given: Mapping[str, Any]) -> Pretraining:
     Raises:
         UserError: a value that is given is not allowed, or the folder of the run holds something else.
     """
-    wanted = _without_usual(given)
+    wanted = _without_auto_workers(given)
     least = str(wanted.get("workers", 1)).partition(":")[0]
     # The batch that will be chosen can be shared by the workers, and their number suits a batch that is given.
     batch = {"batch_size": 256 * int(least)} if least.isdecimal() and int(least) else {}
@@ -195,7 +195,7 @@ def short_side(dataset: DataSet) -> int:
 def _choices(
     given: Mapping[str, Any],
     images: _Images,
-    usual_workers: int,
+    default_workers: int,
     has_gpus: bool,
     several_methods: bool = False,
 ) -> Iterator[Choice]:
@@ -213,9 +213,9 @@ def _choices(
     else:
         yield Choice("backbone.name", "resnet18")
         yield Choice("view.image_size", 96, "without a GPU, 224 pixels take five times as long")
-    workers, batch_size = given.get("workers", usual_workers), int(given.get("batch_size", 0))
-    if "workers" not in given and batch_size % usual_workers:
-        workers = next(count for count in range(usual_workers, 0, -1) if batch_size % count == 0)
+    workers, batch_size = given.get("workers", default_workers), int(given.get("batch_size", 0))
+    if "workers" not in given and batch_size % default_workers:
+        workers = next(count for count in range(default_workers, 0, -1) if batch_size % count == 0)
         yield Choice("workers", workers, "more cannot share the batch equally")
     else:
         yield Choice("workers", workers)

@@ -104,7 +104,7 @@ def look(given: DoctorConfig) -> Fleet:
     """
     prices = given.price_list()
     ray_cluster.start(compare=False)
-    workers = given.workers or cluster_placement.usual_workers()
+    workers = given.workers or cluster_placement.default_workers()
     fleet = machines.survey(workers, prices)
     for part in (_text(machines.table(fleet)), *machines.sentences(fleet, workers)):
         _log.info(part)
@@ -133,7 +133,7 @@ def examine(given: DoctorConfig) -> Report:
     ray_cluster.start()
     import ray
 
-    given = replace(given, workers=given.workers or cluster_placement.usual_workers())
+    given = replace(given, workers=given.workers or cluster_placement.default_workers())
     resources: dict[str, float] = ray.cluster_resources()
     found = versions()
     dataset = open_or_ingest(given.data)

@@ -76,7 +76,7 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
         later = capacity.remaining([autoscaler.type_of(node) for node in alive])[0] if capacity else ()
         names = [one.name for one in later if one.resources.get("GPU") or not found.has_gpus]
         started = dict(Counter(names[:more]))
-        waits = placement.busy(workers)
+        waits = placement.waiting_message(workers)
     except UserError as error:
         refused = str(error)
     unusable = {address: why for address, (why, _) in gpus.check_machines().items() if why}

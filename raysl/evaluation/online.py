@@ -246,7 +246,7 @@ class OnlineEvaluator:
         line = ", ".join(f"{_metric_name(row).removeprefix('probe/')} {format_row_value(row)}" for row in new)
         _log.info("Probes of step %d: %s", step, line)
         if self.callbacks is not None:
-            self.callbacks.probe(new)
+            self.callbacks.report_probe_rows(new)
         if self.run.folder.is_local:
             # A session of TensorBoard hides earlier events from its step on, and the newest checkpoint may come first.
             tensorboard = TensorBoard(self.run.folder / TENSORBOARD, step)

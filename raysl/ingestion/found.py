@@ -62,7 +62,7 @@ class Found:
     left_out: LeftOut = field(default_factory=LeftOut)
     noun: str = "images"  # kind of the entries, or "videos"
 
-    def call_videos(self) -> None:
+    def rename_to_videos(self) -> None:
         """Replace "images" by "videos" in the texts, but not in the example path."""
         self.noun = "videos"
         self.layout = self.layout.replace("images", "videos")

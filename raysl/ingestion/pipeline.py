@@ -117,7 +117,7 @@ def ingest(
         refuse_dest_inside_source(folder, source.location)
         rows = None
     else:
-        rows = objects.Rows.of(source, labels, config.reading)
+        rows = objects.ObjectRows.of(source, labels, config.reading)
         finished(folder, rows.name, config.decoding)  # It refuses another source before images are encoded.
     is_new = not folder.exists()
     try:

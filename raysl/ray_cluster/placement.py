@@ -89,7 +89,7 @@ class Placement:
         resources = {"CPU": self.cpus_per_worker}
         return {**resources, "GPU": self.gpus_per_worker} if self.gpus_per_worker else resources
 
-    def busy(self, workers: int) -> str:
+    def waiting_message(self, workers: int) -> str:
         """Return a sentence about the resources that `workers` trainers must wait for; "" if they can start now."""
         import ray
 
@@ -139,7 +139,7 @@ def make_placement(workers: int, found: Machines | None = None, gpus_per_worker:
     return Placement(trainer, gpus_per_worker, share, threads, _floor(slot))
 
 
-def usual_workers(found: Machines | None = None) -> int:
+def default_workers(found: Machines | None = None) -> int:
     """Return the default number of trainers: two, or one if there is one GPU, or only one machine with few CPUs."""
     found = found or machines()
     if not found.has_gpus:

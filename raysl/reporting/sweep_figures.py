@@ -26,14 +26,14 @@ def figures(results: SweepResults) -> Iterator[Figure]:
         return
     dimensions = results.space.dimensions
     for dimension in dimensions:
-        yield _curve(results, dimension)
+        yield _score_by_value(results, dimension)
     for one, other in list(itertools.combinations(dimensions, 2))[:_MOST_PAIRS]:
-        yield _pair(results, one, other)
+        yield _score_by_pair(results, one, other)
     if len(dimensions) > 1:
-        yield _parallel(results)
+        yield _parallel_coordinates(results)
     if results.num_rungs > 1:
-        yield _learning(results, results.base.epochs)
-        yield from _early(results)
+        yield _learning_curves(results, results.base.epochs)
+        yield from _early_vs_final(results)
 
 
 def _last(results: SweepResults, trial: int) -> int:
@@ -82,7 +82,7 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _curve(results: SweepResults, dimension: Dimension) -> Figure:
+def _score_by_value(results: SweepResults, dimension: Dimension) -> Figure:
     axis = _Axis(results, dimension)
     last = results.num_rungs - 1
     rungs = {last: "at the end"} if last == 0 else {0: "at the first rung, all trials", last: "at the end"}
@@ -117,7 +117,7 @@ def _curve(results: SweepResults, dimension: Dimension) -> Figure:
     return Figure(f"curve-{dimension.name}", dimension.name, text, plot_png(draw))
 
 
-def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
+def _score_by_pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
     """Draw a heat map of the end if both have few values, else dots for all trials at the first rung."""
     x, y = _Axis(results, one), _Axis(results, other)
     listed = x.listed and y.listed
@@ -158,7 +158,7 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
     return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, plot_png(draw))
 
 
-def _parallel(results: SweepResults) -> Figure:
+def _parallel_coordinates(results: SweepResults) -> Figure:
     axes_of = [_Axis(results, d) for d in results.space.dimensions]
     trials = results.scored(0)
     scores = {n: results.means(n)[-1] for n in trials}
@@ -185,7 +185,7 @@ def _parallel(results: SweepResults) -> Figure:
     return Figure("parallel", "All fields together", text, plot_png(draw, 8.0))
 
 
-def _learning(results: SweepResults, epochs: float) -> Figure:
+def _learning_curves(results: SweepResults, epochs: float) -> Figure:
     at = [epochs * share for share in results.config.shares()]
 
     def draw(axes: Any) -> None:
@@ -210,7 +210,7 @@ def _learning(results: SweepResults, epochs: float) -> Figure:
     return Figure("learning", "Learning curves", text, plot_png(draw, 8.0))
 
 
-def _early(results: SweepResults) -> Iterator[Figure]:
+def _early_vs_final(results: SweepResults) -> Iterator[Figure]:
     """Yield figures of how well the first rung predicts the last: by the probe, and by the training loss."""
     scores, last = results.scores, results.num_rungs - 1
     ended = [(trial, seed) for trial, seed, rung in scores if rung == last and (trial, seed, 0) in scores]

@@ -41,7 +41,7 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
         summary=(
             f"{counted(len(rows), 'trial')}, each with seed {' and '.join(map(str, sweep.seeds))}, "
             f"{epochs:g} epoch{'s' * (epochs != 1)}, compared by {sweep.probe} on "
-            f"{results.judged_on.rpartition('/')[2]}; "
+            f"{results.validation_uri.rpartition('/')[2]}; "
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
             f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(results)}"
         ),
@@ -67,7 +67,7 @@ def _selection(results: SweepResults) -> str:
     sentences = [
         "The best score is that of a choice among all trials on the same images, and so too high by chance."
     ]
-    if found := results.by_chance():
+    if found := results.expected_lead_by_chance():
         count, deviation, gap = found
         sentences.append(
             f"If all {count} finished trials were equal, the best would still be {gap:.4f} above their mean, because "

@@ -94,7 +94,7 @@ def pretrain(
         job = Job(
             config.to_json(), run, dataset, group.placement, actor, until, subscriber, EXCHANGE_TIMEOUT_S
         )
-        begins = "" if local else group.placement.busy(group.workers)
+        begins = "" if local else group.placement.waiting_message(group.workers)
         with console.working(begins or "Starting the training ..."), callbacks.following(run, saved):
             if local:
                 in_process.train(job, plan.num_steps, lock, callbacks, SHOW_EVERY_S)

@@ -58,7 +58,7 @@ def check_before_ingest(asked: Pretraining, given: Mapping[str, Any]) -> None:
         return
     refused: list[UserError] = []
     with torch.random.fork_rng(devices=[]):
-        for config in defaults.before_data(given):
+        for config in defaults.possible_configs(given):
             try:
                 Model(config, DatasetInfo(1 << 31, num_classes=2)).check()
                 return

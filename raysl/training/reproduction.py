@@ -45,13 +45,13 @@ class ReproduceConfig(CheckedTop):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between a repeated run and the first: ingredients (data, code, packages, workers) and numbers.
+    """What differs between a repeated run and the first: inputs (data, code, packages, workers) and results.
 
     `compared` names what was compared: "numbers" (rows of metrics), "weights" (a checkpoint of the last step), or both.
     """
 
-    ingredients: tuple[str, ...]
-    numbers: tuple[str, ...]
+    input_differences: tuple[str, ...]
+    result_differences: tuple[str, ...]
     steps: int
     run: Run
     compared: tuple[str, ...]
@@ -59,7 +59,7 @@ class Comparison:
     @property
     def same(self) -> bool:
         """True if all numbers are equal to the last bit."""
-        return not self.numbers
+        return not self.result_differences
 
 
 def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
@@ -92,17 +92,17 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         elif Folder(out).exists(METADATA):
             raise UserError(f"--out is {out!r}, which already holds a run. Give a new folder.")
     run_folder.check_free(out, "--out")
-    ingredients = list(_ingredients(metadata, fingerprint))
-    for line in ingredients:
+    input_differences = list(_input_differences(metadata, fingerprint))
+    for line in input_differences:
         _log.info("differs: %s", line)
     second = pretrain(again, until=steps, local=config.local or None)
-    rows, numbers = _numbers(first, second, steps)
+    rows, differences = _metric_differences(first, second, steps)
     if not rows and at is None:
         raise _nothing(steps)
     if at is not None:
-        numbers += _weights(at, second.newest())
+        differences += _weights(at, second.newest())
     compared = ("numbers",) * bool(rows) + ("weights",) * (at is not None)
-    return Comparison(tuple(ingredients), tuple(numbers), steps, second, compared)
+    return Comparison(tuple(input_differences), tuple(differences), steps, second, compared)
 
 
 def _is_interrupted(again: Pretraining, steps: int, fingerprint: str) -> bool:
@@ -123,7 +123,7 @@ def _nothing(steps: int) -> UserError:
     )
 
 
-def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
+def _input_differences(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
     """Return the differences of data, code and packages. Sessions of the first run may differ from each other."""
     found = []
     if metadata["data"]["fingerprint"] != fingerprint:
@@ -139,7 +139,7 @@ def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
     return found
 
 
-def _numbers(first: Run, second: Run, steps: int) -> tuple[int, list[str]]:
+def _metric_differences(first: Run, second: Run, steps: int) -> tuple[int, list[str]]:
     """Return how many rows were compared, and for each metric that differs its first step and greatest difference."""
     theirs = {row["step"]: row for row in first.metrics() if row["step"] <= steps}
     found: dict[str, str] = {}

@@ -30,7 +30,7 @@ from raysl.storage import Folder
 from raysl.tuning import algorithms
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.results import described
-from raysl.tuning.space import Space, Values, configured, space
+from raysl.tuning.space import Space, Values, apply_values, space
 
 # Without --validation, one labelled image in ten is held out, if the labelled data take no more bytes than this.
 _HELD_OUT = 10
@@ -98,7 +98,7 @@ class TrialContext:
         return max(1, round(self.shares[rung] * config.plan(self.images).num_steps)) if rung >= 0 else 0
 
     def scored(
-        self, run: Run, judged: DataSet, encoders: Sequence[str], name: str, **how: Any
+        self, run: Run, eval_set: DataSet, encoders: Sequence[str], name: str, **how: Any
     ) -> list[dict[str, Any]]:
         """Probe a run and return the rows of the primary metric.
 
@@ -107,7 +107,7 @@ class TrialContext:
         cache = run.folder / f"features-{name}"
         try:
             rows = probe(
-                run, self.train, judged, probes=(self.probe,), encoders=tuple(encoders), cache=cache, **how
+                run, self.train, eval_set, probes=(self.probe,), encoders=tuple(encoders), cache=cache, **how
             )
         finally:
             cache.delete()
@@ -134,7 +134,7 @@ class PreparedSweep:
         if self.config.searcher == "grid":
             return self.space.grid().__getitem__
         if self.config.searcher == "random":
-            return lambda trial: self.space.drawn(self.config.seed, trial)
+            return lambda trial: self.space.sample(self.config.seed, trial)
         return None
 
 
@@ -159,7 +159,7 @@ def check_and_list_points(base: Pretraining, config: SweepConfig) -> tuple[Space
     if config.searcher == "grid":
         points = space_.grid()
     elif config.searcher == "random" and config.scheduler != "pbt":
-        points = [space_.drawn(config.seed, trial) for trial in range(config.samples)]
+        points = [space_.sample(config.seed, trial) for trial in range(config.samples)]
     else:
         points = list(space_.corners())
     check_points(base, points)
@@ -194,9 +194,9 @@ def make_trial_context(
     labelled = open_or_ingest(config.train) if config.train else images
     given = open_or_ingest(config.validation) if config.validation else None
     test = open_or_ingest(config.test) if config.test else None
-    for judged in filter(None, (given, test)):
-        common_labels(labelled, judged)
-        refuse_same_images([config.probe], labelled, judged)
+    for eval_set in filter(None, (given, test)):
+        common_labels(labelled, eval_set)
+        refuse_same_images([config.probe], labelled, eval_set)
     if test and given and test.manifest.fingerprint == given.manifest.fingerprint:
         raise UserError(
             f"--validation is {config.validation!r} and --test is {config.test!r}, which hold the same images. Trials "
@@ -254,7 +254,7 @@ def check_points(base: Pretraining, points: Iterable[Values], images: DataSet | 
     backbones: set[BackboneConfig] = set()
     for values in points:
         try:
-            config = configured(base, values)
+            config = apply_values(base, values)
             if images is not None:
                 config.plan(images)
                 # Each backbone is built once.

@@ -65,7 +65,7 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
         )
         _log.info("Tried: %s.", "; ".join(map(str, prepared.space.dimensions)))
         _run(prepared, journal)
-        _score_extras(prepared, journal)
+        _score_baselines_and_test(prepared, journal)
         rows = SweepResults(journal).rows()
         journal.folder.write_json("table.json", rows)
     return rows
@@ -99,7 +99,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     dimensions = [{name: row[name] for name in row if name in fields} for row in journal.header["space"]]
     # A field that is newer than the sweep had its default.
     defaults = json.loads(json.dumps(Pretraining("", "", method=context.base.method).to_json()))
-    begun = _filled(journal.header["base"], {name: defaults[name] for name in header["base"]})
+    begun = _with_defaults(journal.header["base"], {name: defaults[name] for name in header["base"]})
     names = differences({**journal.header, "space": dimensions, "base": begun}, header)
     base = {name for name in names if name.startswith("base.") and may_change(name.removeprefix("base."))}
     changed = [name for name in names if name not in base and not name.startswith(("uris.", "sources."))]
@@ -110,12 +110,12 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
         )
 
 
-def _filled(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON value with the fields that it lacks, also of the values inside."""
     made = {**defaults, **value}
     for key, inner in defaults.items():
         if isinstance(inner, Mapping) and isinstance(value.get(key), Mapping):
-            made[key] = _filled(value[key], inner)
+            made[key] = _with_defaults(value[key], inner)
     return made
 
 
@@ -127,7 +127,7 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
     from raysl.tuning.ordered_searcher import OrderedSearcher
     from raysl.tuning.trainable import trainable
 
-    config, context = prepared.config, _with_history(prepared, journal)
+    config, context = prepared.config, _context_with_journal(prepared, journal)
     inner = algorithms.scheduler(config, prepared.space, context.times)
     record = _Recorder(prepared, journal)
     scheduler = OrderedScheduler(inner, prepared.num_trials, record, context.trials_at_once, config.seed)
@@ -230,7 +230,7 @@ def _messages_logged(messages: Any) -> Iterator[None]:
         thread.join()
 
 
-def _with_history(prepared: PreparedSweep, journal: Journal) -> TrialContext:
+def _context_with_journal(prepared: PreparedSweep, journal: Journal) -> TrialContext:
     """Return what the trials share, with the results of earlier sessions and the actors of this session."""
     from ray.util.queue import Queue
 
@@ -300,7 +300,7 @@ class _Recorder:
         return f"at most {format_duration(seconds / (context.trials_at_once * context.seeds_at_once))}"
 
 
-def _score_extras(prepared: PreparedSweep, journal: Journal) -> None:
+def _score_baselines_and_test(prepared: PreparedSweep, journal: Journal) -> None:
     """Score the baselines on the images that trials were compared on, and the chosen trial once on the test images."""
     results, context = SweepResults(journal), prepared.context
     best = results.best()
@@ -310,11 +310,11 @@ def _score_extras(prepared: PreparedSweep, journal: Journal) -> None:
     wanted = [("baseline", context.validation, ("random", "pixels"), None)]
     if prepared.test is not None:
         wanted.append(("test", prepared.test, ("trained", "random", "pixels"), best))
-    for seed, (event, judged, encoders, chosen) in itertools.product(context.seeds, wanted):
-        about = {"seed": seed, "chosen": chosen, "images": judged.manifest.fingerprint}
+    for seed, (event, eval_set, encoders, chosen) in itertools.product(context.seeds, wanted):
+        about = {"seed": seed, "chosen": chosen, "images": eval_set.manifest.fingerprint}
         there = [row["encoder"] for row in journal.of(event) if about.items() <= row.items()]
         if not (left := [encoder for encoder in encoders if encoder not in there]):
             continue
         run = Run(journal.folder / results.scores[best, seed, results.num_rungs - 1]["run"])
-        for row in context.scored(run, judged, left, "baselines"):
+        for row in context.scored(run, eval_set, left, "baselines"):
             journal.add({"event": event, **about, "encoder": row["encoder"], "score": float(row["value"])})

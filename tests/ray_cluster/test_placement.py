@@ -223,11 +223,11 @@ def test_a_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, addr
 
 
 def test_one_gpu_usually_has_one_worker() -> None:
-    assert cluster_placement.usual_workers(Machines(({"CPU": 2.0},))) == 1
-    assert cluster_placement.usual_workers(Machines(({"CPU": 16.0},))) == 2
-    assert cluster_placement.usual_workers(Machines(({"CPU": 2.0},) * 2)) == 2
-    assert cluster_placement.usual_workers(Machines(({"CPU": 16.0, "GPU": 1.0},))) == 1
-    assert cluster_placement.usual_workers(Machines(({"CPU": 16.0, "GPU": 8.0},))) == 2
+    assert cluster_placement.default_workers(Machines(({"CPU": 2.0},))) == 1
+    assert cluster_placement.default_workers(Machines(({"CPU": 16.0},))) == 2
+    assert cluster_placement.default_workers(Machines(({"CPU": 2.0},) * 2)) == 2
+    assert cluster_placement.default_workers(Machines(({"CPU": 16.0, "GPU": 1.0},))) == 1
+    assert cluster_placement.default_workers(Machines(({"CPU": 16.0, "GPU": 8.0},))) == 2
     assert cluster_placement.make_placement(1, Machines(({"CPU": 16.0, "GPU": 1.0},))).gpus_per_worker == 1
 
 
@@ -235,10 +235,13 @@ def test_a_cluster_that_others_use_is_said_to_be_waited_for(monkeypatch: pytest.
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
     placement = Placement(0.5, 0.0, DataShare(), 1)
-    assert placement.busy(2) == ""
-    assert placement.busy(3) == "Waiting for 1.5 CPUs: other work uses the cluster, and 1 of its 4 are free."
+    assert placement.waiting_message(2) == ""
+    assert (
+        placement.waiting_message(3)
+        == "Waiting for 1.5 CPUs: other work uses the cluster, and 1 of its 4 are free."
+    )
     on_gpus = Placement(1.0, 1.0, DataShare(), 1)
-    assert on_gpus.busy(1).startswith(
+    assert on_gpus.waiting_message(1).startswith(
         "Waiting for 1 GPUs: the cluster has 0 now and starts machines for the rest"
     )
 

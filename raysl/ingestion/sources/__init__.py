@@ -214,13 +214,13 @@ def recognised() -> str:
 def open_source(location: SourceLocation) -> Opened:
     """Recognise and open a source. Raises UserError if no kind recognises it, or if it cannot be opened."""
     try:
-        sure = {name: kind.recognise(location) for name, kind in _kinds().items()}
-        best = max(sure, key=lambda name: int(sure[name]))
+        confidence = {name: kind.recognise(location) for name, kind in _kinds().items()}
+        best = max(confidence, key=lambda name: int(confidence[name]))
         there = Folder(location.uri).exists()
         survey = location.survey[0] if location.is_folder else None
-        if there and (refused := unsupported.refusal(location.uri, survey, bool(sure[best]))):
+        if there and (refused := unsupported.refusal(location.uri, survey, bool(confidence[best]))):
             raise UserError(f"The source {location.uri!r} {refused}.")
-        if sure[best]:
+        if confidence[best]:
             return Opened(best, location, _kinds()[best].Source(location))
     except OSError as error:
         raise unreadable(str(location), error) from error

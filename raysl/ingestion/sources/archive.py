@@ -172,7 +172,7 @@ class Source:
             example = listings[0].name
             self.found.labels += f"; the names of the archives, as {example}, are not taken for classes"
         if self.clips:
-            self.found.call_videos()
+            self.found.rename_to_videos()
         if not self._split:
             self.found.splits, self.found.split = found.splits, found.split
         return found.split

@@ -61,7 +61,7 @@ class Source:
         self._sampling: list[float] = []
         if self.encoded_here:
             self.clips, self._sampling = video.sampled(location.config)
-            self.found.call_videos()
+            self.found.rename_to_videos()
         elif labels == "auto":
             read = partial(read_bytes, location.uri)
             metadata.apply(read, self._survey, self._layout, location.config.label_column)
