@@ -108,7 +108,7 @@ class Assignments:
             fingerprint: fingerprint of the data set; empty when it is not known.
 
         Raises:
-            Unset: no table is given.
+            MissingValueError: no table is given.
             UserError: the table cannot be read, lacks a column, belongs to another data set, or does not contain every
                 index of 0 .. N - 1 once; or the clusters are not in 0 .. K - 1; or there are fewer than two.
         """

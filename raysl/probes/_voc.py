@@ -68,7 +68,7 @@ class VocSettings(Settings):
         return {**field_values(self), "data": found}
 
     def check_given(self, wanted: str) -> None:
-        """Raise Unset, with the images that the probe needs in words, if no folder is given."""
+        """Raise MissingValueError, with the images that the probe needs in words, if no folder is given."""
         if not self.data:
             raise MissingValueError(
                 f"The probe {self._flag[2:-5]} needs {wanted}. Give {self._flag} FOLDER, a folder in the layout of "

@@ -473,8 +473,8 @@ def test_files_are_read_without_torch_which_takes_600_mb(tmp_path: Path) -> None
     program = (
         "import sys\n"
         "from raysl.ingestion import pipeline, shard\n"
-        "from raysl.ingestion.sources import Place, UnitSize, open_source, read\n"
-        f"opened = open_source(Place.parse({str(tmp_path)!r}))\n"
+        "from raysl.ingestion.sources import SourceLocation, UnitSize, open_source, read\n"
+        f"opened = open_source(SourceLocation.parse({str(tmp_path)!r}))\n"
         "units = list(opened.source.units(UnitSize(9, 9999)))\n"
         "assert len(list(read(opened.kind, units[0]))) == 1\n"
         "assert 'torch' not in sys.modules"

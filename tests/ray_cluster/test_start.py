@@ -20,9 +20,9 @@ def test_sigterm_puts_away_and_leaves_a_line() -> None:
     program = """
         import os, signal
         from raysl import ray_cluster
-        from raysl.errors import answered
+        from raysl.errors import exit_on_errors
 
-        with answered("experiment"):
+        with exit_on_errors("experiment"):
             ray_cluster.start()
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -48,7 +48,7 @@ def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
         import os, signal
         from ray._private.node import Node
         from raysl import ray_cluster
-        from raysl.errors import answered
+        from raysl.errors import exit_on_errors
 
         whole = Node.start_ray_processes
 
@@ -58,7 +58,7 @@ def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
         Node.start_ray_processes = started
-        with answered("experiment"):
+        with exit_on_errors("experiment"):
             ray_cluster.start()
     """
     done = subprocess.run(
