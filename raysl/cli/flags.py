@@ -94,7 +94,7 @@ def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
         first = list(words).index(rest[0])
         flag = next((word for word in reversed(words[:first]) if word.startswith("-")), "")
         flag = flag.partition("=")[0]
-        few = ", ".join(map(repr, rest[:3])) + f", ... ({len(rest):,} words)" * (len(rest) > 3)
+        few = ", ".join(map(repr, rest[:3])) + (f", ... ({len(rest):,} words)" if len(rest) > 3 else "")
         if flag.removeprefix("--") in ONE_SOURCE:
             raise UserError(f"{flag} takes one source, and behind it stands also {few}. {SEVERAL}")
         if program.endswith(" ingest"):

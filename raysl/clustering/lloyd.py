@@ -36,7 +36,7 @@ from raysl.errors import UserError, install_hint
 from raysl.ray_cluster import placement
 from raysl.storage import Folder
 from raysl.storage.feature_store import FeatureStore
-from raysl.storage.records import read_record, signed, write_record
+from raysl.storage.records import as_json, read_record, signed, write_record
 
 _log = logging.getLogger("raysl.clustering")
 
@@ -195,7 +195,7 @@ def _pool(store: FeatureStore, config: KMeansConfig, rows: SampleArguments | Non
 
 def _check_header(folder: Folder, header: Mapping[str, Any]) -> None:
     """Write the header, or compare it with an existing one."""
-    header = json.loads(json.dumps(header))
+    header = as_json(header)
     if not folder.exists(HEADER):
         if others := {STATE, CENTROIDS, ASSIGNMENTS, SUMMARY}.intersection(folder.list()):
             raise UserError(

@@ -127,7 +127,7 @@ def log_taken(made: Pretraining, given: Mapping[str, Any]) -> None:
     given = _without_auto_workers(given)
     plain = Pretraining(made.data, made.run, made.method, plugin=made.plugin)
     values = made.to_json()
-    names = ["method"] * (made.method != Pretraining.method) + differences(plain.to_json(), values)
+    names = (["method"] if made.method != Pretraining.method else []) + differences(plain.to_json(), values)
     left = {
         name.removeprefix("parts."): format_value(value_of(values, name))
         for name in names

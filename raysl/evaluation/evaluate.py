@@ -5,7 +5,6 @@ The baselines give the numbers a meaning: the same backbone before its first ste
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -35,7 +34,7 @@ from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe, Row, 
 from raysl.probes._task import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
-from raysl.storage.records import verified, write_record
+from raysl.storage.records import as_json, verified, write_record
 
 _log = logging.getLogger("raysl.evaluation")
 Tables = Mapping[str, FeatureStore]
@@ -143,7 +142,7 @@ class _Context:
 def _context_of(out: str, title: str, source: Encoder, image_size: int, seed: int) -> _Context:
     """Return the context of the folder `out`. Raise UserError if it is a run, or has results of another model."""
     folder = Folder(out)
-    model = json.loads(json.dumps({"name": title, "identity": source.identity()}))
+    model = as_json({"name": title, "identity": source.identity()})
     with explained(f"The file {folder / MODEL} is damaged", "Give --out another folder.", ValueError):
         is_other = folder.exists(ROWS) and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != model
     if folder.exists(METADATA) or is_other:
@@ -211,7 +210,7 @@ def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: Dat
 
 def _names_besides(test: DataSet, train: DataSet) -> str:
     """Return some classes that images of the test set show and none of the train set, with counts, for a message."""
-    format_row_value, learned = (
+    tested, learned = (
         {
             one.manifest.classes[i]: count
             for i, count in zip(*np.unique(one.labels(), return_counts=True), strict=True)
@@ -219,10 +218,8 @@ def _names_besides(test: DataSet, train: DataSet) -> str:
         }
         for one in (test, train)
     )
-    names = [
-        f"{name} {format_row_value[name]:,}" for name in sorted(format_row_value.keys() - learned.keys())
-    ]
-    return f": {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
+    names = [f"{name} {tested[name]:,}" for name in sorted(tested.keys() - learned.keys())]
+    return f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
 
 @dataclass(frozen=True)

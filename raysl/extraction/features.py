@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from raysl.ingestion import open_or_ingest
 from raysl.storage import Folder, StorageError
 from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, Part, part_file
 from raysl.storage.feature_store import FeatureStore
-from raysl.storage.records import read_record, write_record
+from raysl.storage.records import as_json, read_record, write_record
 
 _log = logging.getLogger("raysl.extraction")
 _UNREDUCED = "unreduced"
@@ -103,7 +102,7 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     projection = pca.Projection.load(config.pca_of) if config.pca_of else None
     if projection:
         about["form"]["projection"] = projection.digest()
-    about = json.loads(json.dumps(about))
+    about = as_json(about)
     folder = Folder(config.out)
     if _is_finished(folder, about):
         _log.info("The features at %s are already there.", folder)

@@ -17,7 +17,6 @@ cluster ids in memory: 8 bytes per image, 10 MB for ImageNet.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +34,7 @@ from raysl.errors import MissingValueError, UserError, explained
 from raysl.fields import Checked
 from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.storage import Folder, filesystem
-from raysl.storage.records import is_damaged
+from raysl.storage.records import is_damaged, short_hash
 
 # One command extracts the features, clusters them and trains the network.
 COMMAND = "raysl clusterfit --teacher TEACHER --k 1000 --data DATA --run RUN"
@@ -133,7 +132,7 @@ class Assignments:
                 f"and K = {num_clusters}. There must be at least two clusters, numbered 0 to K - 1. Write the table "
                 "again."
             )
-        digest = hashlib.blake2b(clusters_n.tobytes(), digest_size=8).hexdigest()
+        digest = short_hash(clusters_n.tobytes())
         metadata = {"labels": named, "num_clusters": num_clusters, "labels_digest": digest}
         return Assignments(clusters_n, num_clusters, metadata)
 

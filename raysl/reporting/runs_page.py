@@ -11,7 +11,7 @@ import numpy as np
 
 from raysl.config.command import wrapped
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.evaluation.results import verdicts
 from raysl.reporting import pictures, retrieval_grid, run_figures
 from raysl.reporting.figure import Figure
@@ -93,8 +93,8 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
 def _summary(gathered: Sequence[Group], rows: Sequence[LabelledRow]) -> str:
     folders, lines = sum(len(group.runs) for group in gathered), len(gathered)
     text = (
-        f"{folders} folder{'s' * (folders != 1)} in {lines} row{'s' * (lines != 1)}; runs that differ only in seed and "
-        "folder share a row."
+        f"{counted(folders, 'folder')} in {counted(lines, 'row')}; runs that differ only in seed and folder share a "
+        "row."
     )
     bare = [group.label for group in gathered if not any(item.label == group.label for item in rows)]
     if bare:

@@ -40,7 +40,7 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
         title=f"{results.base.method}: {', '.join(names)}",
         summary=(
             f"{counted(len(rows), 'trial')}, each with seed {' and '.join(map(str, sweep.seeds))}, "
-            f"{epochs:g} epoch{'s' * (epochs != 1)}, compared by {sweep.probe} on "
+            f"{epochs:g} epoch{'' if epochs == 1 else 's'}, compared by {sweep.probe} on "
             f"{results.validation_uri.rpartition('/')[2]}; "
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
             f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(results)}"

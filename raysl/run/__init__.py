@@ -34,7 +34,7 @@ from raysl.errors import UserError, explained
 from raysl.ray_cluster.versions import versions
 from raysl.run.unchanged import check_facts, check_same, is_replaced
 from raysl.storage import Folder, failure, retry
-from raysl.storage.records import signed_line, signed_lines, verified, verified_lines, write_record
+from raysl.storage.records import as_json, signed_line, signed_lines, verified, verified_lines, write_record
 from raysl.storage.similar import similar_folder
 from raysl.stream.plan import num_steps
 
@@ -101,7 +101,7 @@ class Run:
             return None
         metadata = run.metadata()
         if run._holds_results():
-            check_same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
+            check_same(metadata, as_json(config.to_json()), dataset, config.run)
         return metadata
 
     def _holds_results(self) -> bool:
@@ -123,13 +123,13 @@ class Run:
                 changed.
         """
         run, metadata = Run(Folder(config.run)), Run.resumable_metadata(config, dataset)
-        facts = json.loads(json.dumps(facts))
+        facts = as_json(facts)
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
         if metadata is not None and not run._holds_results() and is_replaced(metadata, config, dataset):
             metadata = None
         if metadata is None:
             metadata = {
-                "config": json.loads(json.dumps(config.to_json())),
+                "config": as_json(config.to_json()),
                 "facts": facts,
                 "data": {
                     "uri": str(dataset.folder),
@@ -164,6 +164,7 @@ class Run:
             metadata = verified(self.folder.read_json(METADATA))
             if "trunk" in metadata["config"]:
                 raise _old_format_error(str(self.folder))
+            # Each conversion fails for a value of another kind.
             dict(metadata["config"]), list(metadata["sessions"])
             data = metadata["data"]
             str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
@@ -228,7 +229,7 @@ class Run:
 
     def _metrics_files(self) -> Iterator[tuple[str, Iterator[bytes]]]:
         """Yield the name and the complete lines of each file of metrics."""
-        for name in [METRICS] * self.folder.exists(METRICS) + self.metrics_parts():
+        for name in ([METRICS] if self.folder.exists(METRICS) else []) + self.metrics_parts():
             data = self.folder.read(name)
             yield name, map(_checked_object, verified_lines(io.BytesIO(data[: data.rfind(b"\n") + 1])))
 

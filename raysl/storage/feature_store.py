@@ -12,7 +12,6 @@ This module does not import torch, because FAISS crashes in a process that holds
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from raysl.errors import UserError, counted, unknown
 from raysl.storage import Folder, filesystem, retry
 from raysl.storage.feature_files import FINISHED, STARTED, part_file
-from raysl.storage.records import read_record
+from raysl.storage.records import read_record, short_hash
 
 Numbers = NDArray[np.floating[Any]]
 T = TypeVar("T")
@@ -140,7 +139,7 @@ class FeatureStore:
         """Return a hash that equal features share: of their origin, or else of the files as `open` found them."""
         value: Any = _origin(self.metadata) or [*self.stamps, str(self.folder)]
         text = json.dumps([value, self.layer], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return short_hash(text.encode())
 
     def load(self) -> NDArray[np.float32]:
         """Return all rows in the order of positions, float32 (n, dim). Raises UserError if a file is damaged."""

@@ -5,6 +5,7 @@ A "signed" line or table carries a CRC-32: it shows damage, not forgery.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -20,6 +21,16 @@ from raysl.storage import Folder, StorageError
 
 # The end of a line of JSON with a checksum.
 _SIGNATURE = re.compile(rb', "checksum": "([0-9a-f]{8})"}\n?$')
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as it comes back from a JSON file: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def short_hash(data: bytes) -> str:
+    """Return a hash of 8 bytes, as hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def write_record(folder: Folder, name: str, value: dict[str, Any]) -> None:

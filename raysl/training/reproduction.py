@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from raysl.ingestion import open_or_ingest
 from raysl.ray_cluster.versions import versions
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
+from raysl.storage.records import as_json
 from raysl.training.launch import pretrain
 
 _log = logging.getLogger("raysl.training.reproduction")
@@ -101,7 +101,7 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         raise _nothing(steps)
     if at is not None:
         differences += _weights(at, second.newest())
-    compared = ("numbers",) * bool(rows) + ("weights",) * (at is not None)
+    compared = tuple(name for name, has in (("numbers", bool(rows)), ("weights", at is not None)) if has)
     return Comparison(tuple(input_differences), tuple(differences), steps, second, compared)
 
 
@@ -110,7 +110,7 @@ def _is_interrupted(again: Pretraining, steps: int, fingerprint: str) -> bool:
     begun = Run(Folder(again.run))
     if not begun.folder.exists(METADATA) or checkpoint.newest_step(begun.checkpoints) >= steps:
         return False
-    now = json.loads(json.dumps(versions()))
+    now = as_json(versions())
     metadata = begun.metadata()
     is_same = begun.config() == again and metadata["data"]["fingerprint"] == fingerprint
     return is_same and all({**session, **now} == session for session in metadata["sessions"])
@@ -128,7 +128,7 @@ def _input_differences(metadata: Mapping[str, Any], fingerprint: str) -> list[st
     found = []
     if metadata["data"]["fingerprint"] != fingerprint:
         found.append(f"data: fingerprint {metadata['data']['fingerprint'][:12]} then, {fingerprint[:12]} now")
-    now = dict(flattened(json.loads(json.dumps(versions()))))
+    now = dict(flattened(as_json(versions())))
     for number, session in enumerate(metadata["sessions"]):
         for name, value in flattened({key: session.get(key) for key in versions()}):
             if value != now.get(name):

@@ -272,7 +272,7 @@ def _dimension(name: str, hint: Any, text: str | None, listed: bool) -> Dimensio
             )
         numbers = [value for value in values if value is not None]
         # Workers divide a batch evenly, so its size is one of a list.
-        if not listed and name != "batch_size" and all(map(_is_number, numbers)):
+        if not listed and name != "batch_size" and all(map(fields.is_number, numbers)):
             return _interval(name, hint, min(numbers), max(numbers))
     elif ".." in text and fields.has_type(0, hint):
         if name == "batch_size":
@@ -295,16 +295,12 @@ def _dimension(name: str, hint: Any, text: str | None, listed: bool) -> Dimensio
 
 
 def _interval(name: str, hint: Any, low: Any, high: Any) -> Dimension:
-    if not (_is_number(low) and _is_number(high) and low < high):
+    if not (fields.is_number(low) and fields.is_number(high) and low < high):
         raise UserError(
             f"The range {low}..{high} of {name!r} is empty. Give two numbers, the lower one first."
         )
     own, whole = _range(hint), not fields.has_type(0.5, hint)
     return Dimension(name, (), low, high, whole, own.log and low > 0, own.mutable)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _as_field_type(name: str, hint: Any, value: Any) -> Any:
@@ -314,7 +310,7 @@ def _as_field_type(name: str, hint: Any, value: Any) -> Any:
         raise UserError(
             f"The value of {name!r} is a function. Give a value, or a domain such as tune.uniform(low, high)."
         )
-    if _is_number(value) and not fields.has_type(value, hint):
+    if fields.is_number(value) and not fields.has_type(value, hint):
         if not math.isfinite(value) or value != int(value):
             raise UserError(
                 f"The field {name!r} takes whole numbers and was given {value}. Use tune.randint or tune.choice."
@@ -331,5 +327,5 @@ def _parsed(name: str, hint: Any, text: str) -> Any:
         read.insert(0, ast.literal_eval(text))
     for value in read:
         if text and fields.has_type(value, hint):
-            return float(value) if _is_number(value) and fields.has_type(0.5, hint) else value
+            return float(value) if fields.is_number(value) and fields.has_type(0.5, hint) else value
     raise UserError(f"The value {text!r} of {name!r} is not allowed: it must be {fields.described(hint)}.")

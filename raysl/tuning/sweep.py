@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import threading
@@ -22,6 +21,7 @@ from raysl.errors import UserError, counted
 from raysl.run import Run
 from raysl.storage import Folder, filesystem
 from raysl.storage.lock import DriverLock
+from raysl.storage.records import as_json
 from raysl.training.progress_actor import format_duration
 from raysl.tuning import algorithms
 from raysl.tuning.config import SweepConfig
@@ -85,7 +85,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
         "uris": {name: str(dataset.folder) for name, dataset in data.items()},
         "sources": {name: dataset.manifest.source for name, dataset in data.items()},
     }
-    header = json.loads(json.dumps(header))
+    header = as_json(header)
     if not journal.rows:
         journal.add(header)
         return
@@ -98,7 +98,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     fields = header["space"][0]
     dimensions = [{name: row[name] for name in row if name in fields} for row in journal.header["space"]]
     # A field that is newer than the sweep had its default.
-    defaults = json.loads(json.dumps(Pretraining("", "", method=context.base.method).to_json()))
+    defaults = as_json(Pretraining("", "", method=context.base.method).to_json())
     begun = _with_defaults(journal.header["base"], {name: defaults[name] for name in header["base"]})
     names = differences({**journal.header, "space": dimensions, "base": begun}, header)
     base = {name for name in names if name.startswith("base.") and may_change(name.removeprefix("base."))}

@@ -31,6 +31,7 @@ from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.run import Run
 from raysl.storage import Folder
+from raysl.storage.records import as_json
 from raysl.training.launch import pretrain
 from raysl.tuning import preparation
 from raysl.tuning.config import SweepConfig
@@ -80,7 +81,7 @@ class PretrainTrainable(tune.Trainable):  # type: ignore[misc]
         """Continue from a record; from another trial's, or with other values, in a copy of its runs."""
         record = json.loads((Path(checkpoint_dir) / _RECORD).read_text())
         self._rung = record["rung"]
-        if record["trial"] == self.trial_name and record["values"] == json.loads(json.dumps(self._values)):
+        if record["trial"] == self.trial_name and record["values"] == as_json(self._values):
             self._home = record["home"]
         else:
             self._home, self._source = f"trials/{self.trial_name}/from-rung-{self._rung}", record["home"]
@@ -112,7 +113,9 @@ class PretrainTrainable(tune.Trainable):  # type: ignore[misc]
         config = replace(apply_values(context.base, self._values), run=str(folder), seed=seed)
         until = context.until(config, rung)
         if self._source:
-            copy(Folder(context.out) / self._source / f"seed-{seed}", context.until(config, rung - 1), folder)
+            copy_checkpoint(
+                Folder(context.out) / self._source / f"seed-{seed}", context.until(config, rung - 1), folder
+            )
         if context.keep_rungs:
             rungs = tuple(context.until(config, r) for r in range(max(0, rung - 1), rung + 1))
             config = replace(config, save=replace(config.save, keep_steps=rungs))
@@ -248,7 +251,7 @@ def trainable(context: TrialContext) -> type[PretrainTrainable]:
     return Pretrain
 
 
-def copy(source: Folder, step: int, target: Folder) -> None:
+def copy_checkpoint(source: Folder, step: int, target: Folder) -> None:
     """Copy a checkpoint to a run that has none. Manifests are copied last, so that half a copy is no checkpoint.
 
     Raises:
