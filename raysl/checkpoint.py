@@ -54,9 +54,7 @@ class SaveConfig(Checked):
         """Return when checkpoints are saved, as a clause."""
         minutes = f"every {self.every_minutes:g} minutes, by --save.every-minutes"
         steps = f"every {counted(self.every_steps, 'step')}, by --save.every-steps"
-        times = [
-            text for text, number in ((minutes, self.every_minutes), (steps, self.every_steps)) if number > 0
-        ]
+        times = ([minutes] if self.every_minutes > 0 else []) + ([steps] if self.every_steps > 0 else [])
         return f"one is saved {' and '.join(times) or 'only at the end'}"
 
 

@@ -343,14 +343,8 @@ def _stored_rows(found: Iterable[Row], probe: Probe, identity: Mapping[str, Any]
         rows.append(stored)
         if primary:
             encoder = TITLES.get(identity["encoder"], identity["encoder"])
-            _log.info(
-                "%-10s %-10s %-8s %s %s",
-                identity["probe"],
-                encoder,
-                row.layer,
-                row.name,
-                format_row_value(stored),
-            )
+            text = format_row_value(stored)
+            _log.info("%-10s %-10s %-8s %s %s", identity["probe"], encoder, row.layer, row.name, text)
     return rows
 
 

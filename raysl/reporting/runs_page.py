@@ -178,12 +178,8 @@ def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
         spans = [_span(member) for member in group.runs if member.trained]
         wall_s, worker_s, images = np.sum([(0.0, 0.0, 0.0), *spans], axis=0)
         if wall_s:
-            cells = [
-                f"{len(group.runs)}",
-                f"{int(images):,}",
-                format_duration(wall_s),
-                f"{worker_s / 3600:.2f}",
-            ]
+            hours = f"{worker_s / 3600:.2f}"
+            cells = [f"{len(group.runs)}", f"{int(images):,}", format_duration(wall_s), hours]
             yield [group.label, *cells, f"{images / wall_s:.0f}"]
 
 

@@ -74,13 +74,9 @@ class SweepResults:
     @property
     def validation_description(self) -> str:
         """What the images are that trials are compared on, in words."""
-        uris = self.journal.header["uris"]
-        source = (
-            self.journal.header.get("sources", {}).get("validation") or self.validation_uri.rpartition("/")[2]
-        )
-        held_out = self.validation_uri.endswith("/images/validation") and uris["train"].endswith(
-            "/images/learn"
-        )
+        uri, uris = self.validation_uri, self.journal.header["uris"]
+        source = self.journal.header.get("sources", {}).get("validation") or uri.rpartition("/")[2]
+        held_out = uri.endswith("/images/validation") and uris["train"].endswith("/images/learn")
         kind = "test" if self.chosen_on_test else "held-out validation" if held_out else "validation"
         return f"{kind} images ({source})"
 
