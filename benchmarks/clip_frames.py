@@ -23,7 +23,7 @@ import av
 import numpy as np
 import tyro
 
-from raysl.ingestion.sources import Place, Row, UnitSize, open_source, read
+from raysl.ingestion.sources import Row, SourceLocation, UnitSize, open_source, read
 from raysl.ingestion.video import Sampling, clips
 from raysl.stream.decode import decode
 
@@ -83,7 +83,7 @@ def cpu_ms(work: Callable[[list[int]], Any], count: int) -> float:
 
 def frames_of(flags: Flags) -> None:
     """Print a line for each video."""
-    source = open_source(Place(str(flags.videos)))
+    source = open_source(SourceLocation(str(flags.videos)))
     rows = {
         row.path.partition("#")[0]: row
         for unit in source.source.units(UnitSize(1, 1))

@@ -45,7 +45,7 @@ from torchvision import transforms
 from raysl import pretext, ray_cluster
 from raysl.augment import recipe
 from raysl.dataset import DataSet
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.ray_cluster.versions import code_hash
 from raysl.rng import ImageRng
 from raysl.stream.decode import cut, decode
@@ -236,7 +236,7 @@ class Contest:
         self.size = flags.batch_size
         views = make_views(flags.image_size)
         images = dataset.read(np.arange(dataset.num_images), ["image"]).column("image").to_pylist()
-        piece = Plan.of(dataset, self.size, SEED, 1).stretch
+        piece = Plan.of(dataset, self.size, SEED, 1).steps_per_block
         # Whole pieces, as a data task makes them, so that both ends of the measurement see the same of its rhythm.
         self.count = -(-flags.images // (self.size * piece)) * piece
         self.margin = 2 * piece
@@ -320,7 +320,7 @@ def main(flags: Flags) -> None:
     """Measures, prints and writes."""
     console = Console()
     ray_cluster.start()
-    dataset = resolve(flags.data)
+    dataset = open_or_ingest(flags.data)
     contest = Contest(dataset, flags)
     common = {
         "images_in_set": dataset.num_images,

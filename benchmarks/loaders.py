@@ -125,7 +125,7 @@ def _local(views: Views, stack: ExitStack) -> Iterator[int]:
     from raysl.stream.processes import DataProcesses
 
     processes = stack.enter_context(DataProcesses(1))
-    return (len(batch.rows) for batch in replace(views.stream, source=processes.columns).batches())
+    return (len(batch.rows) for batch in replace(views.stream, reader=processes.columns).batches())
 
 
 def _torch(views: Views, stack: ExitStack) -> Iterator[int]:

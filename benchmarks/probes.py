@@ -32,7 +32,7 @@ import tyro
 from torch import Tensor
 
 from raysl import extraction, ray_cluster
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.probes import Labelled, common_labels, knn, linear
 from raysl.run import Run
 from raysl.storage import Folder
@@ -116,7 +116,7 @@ def random_layers(flags: Flags) -> Iterator[Layer]:
 def run_layers(flags: Flags) -> Iterator[Layer]:
     """Yield the features of the backbone of a run. They are stored in the folder of the run, as by `raysl probe`."""
     run = Run(Folder(flags.run))
-    sets = [resolve(split) for split in splits(flags.data)]
+    sets = [open_or_ingest(split) for split in splits(flags.data)]
     source = extraction.Trained(run, run.newest())
     specs = {
         layer: extraction.feature_spec(layer, linear.Config().dims) for layer in extraction.stages(source)

@@ -28,7 +28,7 @@ from raysl.augment import recipe
 from raysl.dataset import SHARDS, DataSet, Manifest, Shard
 from raysl.pretext import Geometry, build
 from raysl.storage import Folder
-from raysl.stream.data_tasks import Load
+from raysl.stream.data_tasks import MakeBatches
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.stream.views import View
@@ -102,7 +102,7 @@ def measure(options: Options, manifest: Manifest, workers: int, address: str) ->
     geometry = Geometry(image_size=224)
     specs = {"transformed": "jigsaw", "image": "identity"}
     views = {name: View(build(spec, {}, geometry), recipe("pirl")) for name, spec in specs.items()}
-    load = Load(Stream(dataset, plan, views, rank=workers // 2, world=workers), 0, plan.num_steps)
+    load = MakeBatches(Stream(dataset, plan, views, rank=workers // 2, world=workers), 0, plan.num_steps)
     # Footers are read once in a process.
     dataset.read(dataset.row_group_starts[:-1], ("label",))
     counts(address)

@@ -194,10 +194,12 @@ def counted(gpus: int, costs: Costs, tasks: int = 8) -> tuple[float, float]:
     requests = images = 0
     for _ in range(tasks):
         first, rank = (
-            int(random.integers(1, plan.num_steps // plan.stretch - 1)) * plan.stretch,
+            int(random.integers(1, plan.num_steps // plan.steps_per_block - 1)) * plan.steps_per_block,
             random.integers(gpus),
         )
-        rows = [plan.rows(step, int(rank), gpus).indices_b for step in range(first, first + plan.stretch)]
+        rows = [
+            plan.rows(step, int(rank), gpus).indices_b for step in range(first, first + plan.steps_per_block)
+        ]
         taken = np.concatenate(rows)
         requests += len(np.unique(taken // per_group))
         images += len(taken)

@@ -36,13 +36,13 @@ import tyro
 from raysl import ray_cluster
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
 from raysl.stream import reader
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream
-from raysl.stream.shared import Subscriber, batches, start_actors, union, view_keys
+from raysl.stream.shared import Subscriber, batches, merge_streams, start_actors, view_keys
 
 RUNS = 4
 VARY = ("loss", "permutations", "colors", "crops")
@@ -77,8 +77,8 @@ def main(flags: Flags) -> None:
     if not flags.work_only:
         ray_cluster.start()
     cases = [
-        (32, 128, resolve(flags.small), flags.small_images),
-        (224, 32, resolve(flags.photos), flags.photo_images),
+        (32, 128, open_or_ingest(flags.small), flags.small_images),
+        (224, 32, open_or_ingest(flags.photos), flags.photo_images),
     ]
     for number in range(flags.rounds):
         for side, batch_size, dataset, images in cases:
@@ -128,7 +128,7 @@ def work(streams: list[Stream]) -> dict[str, float]:
             taken.append(time.process_time() - started)
         return 1e6 * median(taken[1:]) / len(rows)
 
-    own, shared = sum(map(us, streams)), us(union(streams))
+    own, shared = sum(map(us, streams)), us(merge_streams(streams))
     return {"own_us": round(own), "shared_us": round(shared), "ratio": round(shared / own, 2)}
 
 

@@ -25,7 +25,7 @@ import psutil
 import tyro
 
 from raysl import ray_cluster
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 
 TRIALS = (0.1, 0.2, 0.3, 0.5)
 _SHARED = """
@@ -77,7 +77,7 @@ class Flags:
 def main(flags: Flags) -> None:
     """Measure, print, and add to the file of rows."""
     ray_cluster.start()
-    data, test = (str(resolve(name).folder) for name in (flags.data, flags.test))
+    data, test = (str(open_or_ingest(name).folder) for name in (flags.data, flags.test))
     import ray
 
     ray.shutdown()

@@ -32,7 +32,7 @@ from raysl.experiment.held_out import held_out
 from raysl.experiment.script import Flags, command, locally, pretrained
 from raysl.extraction import Trained
 from raysl.extraction.heads import trained_model
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.objectives.audio_visual import Config
 from raysl.optim import OptimConfig
 from raysl.probes._images import cell_offset
@@ -74,7 +74,7 @@ def main(flags: SoundFlags) -> None:
     rows = []
     for seed in flags.seeds:
         run = pretrained(_config(flags, seed, train), flags)
-        scores = held_out(run, resolve(test))
+        scores = held_out(run, open_or_ingest(test))
         task = "correspondence" if flags.loss == "binary" else "choice of the sound"
         print(f"seed {seed}: {task} {scores['accuracy']:.1%} on held-out clips", flush=True)
         rows.append({"task": task, **_about(flags), "seed": seed, **scores})
@@ -113,7 +113,7 @@ def maps(run: Run, test: str, count: int = 5) -> Image.Image:
     model: Any = trained_model(Trained(run, run.newest()))
     size = run.config().view.image_size
     offset = cell_offset(model.backbone, size)
-    one = next(moments(resolve(test), size, 1, model.objective.config.window_s))
+    one = next(moments(open_or_ingest(test), size, 1, model.objective.config.window_s))
     frames_bchw, sounds_bchw = one.frames_bchw[:count], one.sounds_bchw[:count]
     with torch.inference_mode():
         map_bhw = model.objective.sound_map(

@@ -26,7 +26,7 @@ from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.evaluation.evaluate import probe
 from raysl.experiment.script import Flags, command, locally, pretrained
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.ingestion.subset import relabelled
 from raysl.optim import OptimConfig
 from raysl.run import Run, jsonl
@@ -57,7 +57,7 @@ def main(flags: NoiseFlags) -> None:
     """Run all arms, and write one file of rows and a figure."""
     flags = locally(flags, data="shapes:3000", noises=(0.0, 0.5), epochs=1, k=50)
     runs = Folder(flags.runs)
-    images, judged = (resolve(part) for part in splits(flags.data))
+    images, judged = (open_or_ingest(part) for part in splits(flags.data))
     half = len(images.manifest.classes) // 2
     taught, unseen = range(half), range(half, len(images.manifest.classes))
     probed = (derive(images, runs / "probe-train", unseen), derive(judged, runs / "probe-test", unseen))

@@ -18,7 +18,7 @@ from typing import Any
 from raysl.evaluation.results import rows_of_probe
 from raysl.experiment.comparison import METHODS, ComparisonFlags, measured, run_of
 from raysl.experiment.script import command, locally
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.run import jsonl
 from raysl.storage import Folder
 
@@ -37,7 +37,7 @@ def main(flags: CompareFlags) -> None:
     train, test = splits(flags.data)
     # Scored on its own training images, a classifier would only show how well it memorizes.
     names = ("knn",) if train == test else ("knn", "linear")
-    seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
+    seen, judged = (open_or_ingest(split).manifest.fingerprint for split in (train, test))
     rows: list[dict[str, Any]] = []
     for seed in flags.seeds:
         for method in flags.methods:

@@ -17,7 +17,7 @@ from typing import Any
 from raysl.evaluation.results import rows_of_probe
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.reporting.report_runs import LabelledRow, groups
 from raysl.reporting.run_figures import colors
 from raysl.reporting.tables import estimates
@@ -40,7 +40,7 @@ def main(flags: ScatterFlags) -> None:
     runs = trained(flags, names)
     measured(runs, flags, names)
     reported(runs, flags, names)
-    data = [resolve(split).manifest.fingerprint for split in splits(flags.data)]
+    data = [open_or_ingest(split).manifest.fingerprint for split in splits(flags.data)]
     Folder(flags.out).write("scatter.png", scatter(runs, *data))
 
 

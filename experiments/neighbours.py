@@ -16,7 +16,7 @@ from raysl import extraction
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.extraction import Encoder
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.reporting import pictures, retrieval_grid
 from raysl.storage import Folder
 
@@ -41,7 +41,7 @@ def main(flags: NeighbourFlags) -> None:
     flags = small(flags)
     runs = trained(flags, ["retrieval"])
     measured(runs, flags, ["retrieval"])
-    train, test = (resolve(split) for split in splits(flags.data))
+    train, test = (open_or_ingest(split) for split in splits(flags.data))
     first = runs[:: len(flags.seeds)]
     last = [extraction.Trained(run, run.newest()) for run in first]
     encoders: list[Encoder] = [extraction.untrained(first[0]), *last]

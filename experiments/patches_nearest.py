@@ -24,7 +24,7 @@ from raysl import extraction, rng
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.extraction import Encoder
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.probes import patches
 from raysl.probes._images import features
 from raysl.probes.retrieval import nearest
@@ -63,7 +63,9 @@ def main(flags: NearestFlags) -> None:
         extraction.untrained(first[0]),
         *(extraction.Trained(run, run.newest()) for run in first),
     ]
-    train, test = (patches.pieces(resolve(part), flags.image_size, config) for part in splits(flags.data))
+    train, test = (
+        patches.pieces(open_or_ingest(part), flags.image_size, config) for part in splits(flags.data)
+    )
     grids = [grid(source, train, test, flags) for source in encoders]
     named = dict(zip(["untrained", *flags.methods], grids, strict=True))
     Folder(flags.out).write("nearest.png", pictures.png(side_by_side(named)))

@@ -35,7 +35,7 @@ from raysl.experiment.claims import CLAIMS
 from raysl.experiment.comparison import ComparisonFlags, folder_of, measured, run_of
 from raysl.experiment.script import command
 from raysl.extraction import FeatureProtocol
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.probes import REESTIMATED
 from raysl.probes.detection import Config as Detection
 from raysl.probes.linear import Config as Linear
@@ -96,7 +96,7 @@ def _saturation(flags: LectureFlags, out: str) -> None:
 
 def _sweep(figure: Any) -> Callable[[LectureFlags, str], None]:
     def run(flags: LectureFlags, out: str) -> None:
-        train = resolve(splits(flags.data)[0]).num_images
+        train = open_or_ingest(splits(flags.data)[0]).num_images
         images = min(8000, train)
         given = _common(flags, sweep_pirl.SweepFlags, out=out, figure=figure)
         given = replace(
@@ -110,7 +110,7 @@ def _sweep(figure: Any) -> Callable[[LectureFlags, str], None]:
 def _noise(flags: LectureFlags, out: str) -> None:
     given = _common(flags, clusterfit_label_noise.NoiseFlags, out=out, k=flags.clusters)
     # The networks see the images of half of the classes.
-    epochs = flags.images / resolve(splits(flags.data)[0]).num_images
+    epochs = flags.images / open_or_ingest(splits(flags.data)[0]).num_images
     clusterfit_label_noise.main(replace(given, runs=f"{flags.runs}/noise", noises=(0.0, 0.75), epochs=epochs))
 
 
@@ -174,7 +174,7 @@ def main(flags: LectureFlags) -> None:
 def rows(flags: LectureFlags, out: Folder) -> list[dict[str, Any]]:
     """Return the rows of all runs and sweeps of a data set, with the labels that the claims use."""
     train, test = splits(flags.data)
-    judged = resolve(test).manifest.fingerprint
+    judged = open_or_ingest(test).manifest.fingerprint
     found: list[dict[str, Any]] = []
     for place, methods in _places(flags).items():
         for method in methods:
@@ -210,7 +210,7 @@ def _places(flags: LectureFlags) -> dict[str, tuple[str, ...]]:
 
 def _sizes(flags: LectureFlags) -> tuple[int, int]:
     """Return a fifth of the number of images, and all."""
-    num_images = resolve(splits(flags.data)[0]).num_images
+    num_images = open_or_ingest(splits(flags.data)[0]).num_images
     return num_images // 5, num_images
 
 

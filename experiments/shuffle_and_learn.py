@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from raysl.evaluation.apart import check_apart
+from raysl.evaluation.train_test_overlap import refuse_same_images
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, settings
 from raysl.experiment.held_out import held_out
 from raysl.experiment.script import command, locally, pretrained
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.probes.keypoints import Config as Keypoints
 from raysl.probes.linear import Config as Linear
 from raysl.probes.patches import Config as Patches
@@ -60,7 +60,7 @@ def main(flags: OrderFlags) -> None:
         "patches": Patches(of="frames"),
     }
     train, test = splits(flags.data)
-    check_apart(names, resolve(train), resolve(test))
+    refuse_same_images(names, open_or_ingest(train), open_or_ingest(test))
     runs = [_trained(flags, method, seed, train) for method in flags.methods for seed in flags.seeds]
     _ordered(runs, flags)
     # A readout takes half a minute for each layer, so a small run compares the first and the last one.
@@ -82,7 +82,7 @@ def _ordered(runs: Sequence[Run], flags: OrderFlags) -> None:
     for run in runs:
         config = run.config()
         if config.method == "predict-frame_order":
-            scores = held_out(run, resolve(splits(flags.data)[1]))
+            scores = held_out(run, open_or_ingest(splits(flags.data)[1]))
             print(f"seed {config.seed}: frame order {scores['accuracy']:.1%} on held-out clips", flush=True)
             about = {
                 "method": config.method,

@@ -24,7 +24,7 @@ from raysl.config import Pretraining, defaults
 from raysl.dataset import DataSet
 from raysl.evaluation.evaluate import probe
 from raysl.experiment.script import Flags, command, locally
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.ingestion.subset import relabelled
 from raysl.optim import OptimConfig
 from raysl.run import jsonl
@@ -122,7 +122,7 @@ def main(flags: RecipeFlags) -> None:
 
 def _split(flags: RecipeFlags) -> tuple[DataSet, DataSet]:
     """Return the images to learn from, and those to judge on: of the test split, or in a search of the train split."""
-    train, test = (resolve(split) for split in splits(flags.data))
+    train, test = (open_or_ingest(split) for split in splits(flags.data))
     if flags.stage == "compare":
         return train, test
     order_n = rng.generator("recipe search").permutation(train.num_images)

@@ -24,7 +24,7 @@ from raysl.experiment.held_out import batches, held_out
 from raysl.experiment.script import Flags, command, locally, pretrained
 from raysl.extraction import Trained
 from raysl.extraction.heads import trained_model
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.model import Model
 from raysl.optim import OptimConfig
 from raysl.run import jsonl
@@ -70,9 +70,9 @@ def main(flags: TrackingFlags) -> None:
             "data": flags.data,
             "epochs": flags.epochs,
             "seed": seed,
-            "trained": nearest(trained_model(Trained(run, run.newest())), resolve(test)),
-            "untrained": nearest(Model.of(config, resolve(train)).eval(), resolve(test)),
-            **held_out(run, resolve(test)),
+            "trained": nearest(trained_model(Trained(run, run.newest())), open_or_ingest(test)),
+            "untrained": nearest(Model.of(config, open_or_ingest(train)).eval(), open_or_ingest(test)),
+            **held_out(run, open_or_ingest(test)),
         }
         print(
             f"seed {seed}: the other patch is nearest for {found['trained']:.1%} of the patches, "

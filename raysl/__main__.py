@@ -19,7 +19,7 @@ from typing import Any
 
 from raysl import __version__, console
 from raysl.cli import lazy
-from raysl.errors import answered, blamed, unknown
+from raysl.errors import exit_on_errors, name_plugin_in_errors, unknown
 from raysl.fields import FieldError
 
 VERBS = {
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb. Exit with code 2 and one paragraph for a mistake of the user."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with answered("raysl"), blamed():
+        with exit_on_errors("raysl"), name_plugin_in_errors():
             _run(given)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -105,7 +105,7 @@ def _remove_left_behind() -> None:
 
 
 def _run_verb(given: list[str]) -> None:
-    lazy.install()
+    lazy.install_import_hook()
     verbs = importlib.import_module("raysl.cli.verbs")
     verb = getattr(verbs, given[0])
     # A backbone and an optimiser may be given by their names alone, and the size of images as for a probe.

@@ -50,11 +50,11 @@ class SaveConfig(Checked):
     keep_every: Annotated[int, Bounds(low=0)] = 0
     keep_steps: Annotated[tuple[int, ...], Bounds(low=0)] = ()
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return when checkpoints are saved, as a clause."""
         minutes = f"every {self.every_minutes:g} minutes, by --save.every-minutes"
         steps = f"every {counted(self.every_steps, 'step')}, by --save.every-steps"
-        times = [minutes] * (self.every_minutes > 0) + [steps] * (self.every_steps > 0)
+        times = ([minutes] if self.every_minutes > 0 else []) + ([steps] if self.every_steps > 0 else [])
         return f"one is saved {' and '.join(times) or 'only at the end'}"
 
 
@@ -202,17 +202,19 @@ class Checkpoint:
 
 def complete(folder: Folder) -> list[Checkpoint]:
     """Return the complete checkpoints in a folder, oldest first."""
-    return [found for step in _steps(folder) if (found := of_step(folder, step))]
+    return [found for step in _steps(folder) if (found := checkpoint_of_step(folder, step))]
 
 
-def newest(folder: Folder) -> Checkpoint | None:
+def newest_checkpoint(folder: Folder) -> Checkpoint | None:
     """Return the newest complete checkpoint, or None."""
-    return next((found for step in reversed(_steps(folder)) if (found := of_step(folder, step))), None)
+    return next(
+        (found for step in reversed(_steps(folder)) if (found := checkpoint_of_step(folder, step))), None
+    )
 
 
 def newest_step(folder: Folder) -> int:
     """Return the step of the newest complete checkpoint; 0 without one."""
-    found = newest(folder)
+    found = newest_checkpoint(folder)
     return found.step if found else 0
 
 
@@ -239,7 +241,7 @@ def _steps(folder: Folder) -> list[int]:
     return sorted(int(found[1]) for name in folder.list() if (found := re.fullmatch(r"step-(\d{9,})", name)))
 
 
-def of_step(folder: Folder, step: int) -> Checkpoint | None:
+def checkpoint_of_step(folder: Folder, step: int) -> Checkpoint | None:
     """Return the checkpoint of a step if it is complete."""
     names = set((folder / _folder_name(step)).list())
     # A killed worker may have left a temporary file beside its manifest.

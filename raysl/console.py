@@ -27,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def install() -> None:
+def add_handler() -> None:
     """Print messages of raysl, unless the program has set up logging itself."""
     logger = logging.getLogger("raysl")
     if not logger.handlers and not logging.getLogger().handlers:
@@ -36,38 +36,39 @@ def install() -> None:
 
 
 @contextmanager
-def working(message: str, *, first: bool = False) -> Iterator[None]:
+def working(message: str, *, is_start_line: bool = False) -> Iterator[None]:
     """Log `message`, which should end in "...", and show the seconds until the block ends.
 
     Args:
         message: a line.
-        first: it is the first line of a verb. On a terminal no seconds are added to it, because the verb prints next.
+        is_start_line: it is the first line of a verb. On a terminal no seconds are added to it, because the verb prints
+            next.
     """
     handlers = [one for one in logging.getLogger("raysl").handlers if isinstance(one, _Handler)]
     for handler in handlers:
         handler.depth += 1
-    logging.getLogger("raysl").info(message, extra={"first": first})
+    logging.getLogger("raysl").info(message, extra={"is_start_line": is_start_line})
     try:
         yield
     finally:
         for handler in handlers:
             handler.depth -= 1
-            handler.rest()
+            handler.stop_timer()
 
 
 @contextmanager
 def verb(name: str) -> Iterator[None]:
     """Print the first line of a verb, before anything slow is imported, unless that has been done."""
-    install()
+    add_handler()
     inside = any(isinstance(one, _Handler) and one.depth for one in logging.getLogger("raysl").handlers)
     if inside:
         yield
     else:
-        with working(f"raysl {raysl.__version__}: {name} ...", first=True):
+        with working(f"raysl {raysl.__version__}: {name} ...", is_start_line=True):
             yield
 
 
-def announced(function: Callable[P, T]) -> Callable[P, T]:
+def prints_start_line(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function of the API that is a verb."""
 
     @functools.wraps(function)
@@ -100,8 +101,8 @@ class _Handler(logging.Handler):
             self._end()
             message = record.getMessage()
             on_terminal = sys.stdout.isatty()
-            first = getattr(record, "first", False)
-            self._announced = message.endswith("...") and not (first and on_terminal)
+            is_start_line = getattr(record, "is_start_line", False)
+            self._announced = message.endswith("...") and not (is_start_line and on_terminal)
             self._silent_s = _PLAIN_S if self._announced else min(max(_OLD_S, 2 * between_s), _MOST_OLD_S)
             self._open = self._announced and on_terminal
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -115,7 +116,7 @@ class _Handler(logging.Handler):
         except (OSError, ValueError):
             self.handleError(record)
 
-    def rest(self) -> None:
+    def stop_timer(self) -> None:
         """Stop counting seconds."""
         self.acquire()
         try:

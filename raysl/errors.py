@@ -35,7 +35,7 @@ class UserError(Exception):
     """
 
 
-class Unset(UserError):
+class MissingValueError(UserError):
     """A required value is missing. Everything else is valid."""
 
 
@@ -93,7 +93,7 @@ def explained(
 
 
 @contextlib.contextmanager
-def blamed() -> Iterator[None]:
+def name_plugin_in_errors() -> Iterator[None]:
     """Turn an error that the code of a plugin raises in the block into a UserError with the plugin's file and line.
 
     Errors of the machine pass as they are: of a disk or a network, of memory, and of exchanges between workers.
@@ -128,7 +128,7 @@ def _is_of_plugin(frame: FrameType) -> bool:
     return name.startswith("raysl_plugin_") or any(f"{name}.".startswith(f"{one}.") for one in trusted if one)
 
 
-def install(extra: str) -> str:
+def install_hint(extra: str) -> str:
     """Return how to install an extra of raysl for the Python that runs. An environment that uv made has no pip."""
     uv = "uv" if shutil.which("uv") else ".uv/bin/uv"  # `make` fetches uv into the checkout if there is none.
     pip = f"{sys.executable} -m pip install"
@@ -150,12 +150,12 @@ def package(module: str, what: str, extra: str, more: str = "", name: str = "") 
     except ImportError as error:
         raise UserError(
             f"{what} needs the package {name or module.partition('.')[0]}, which is not installed. "
-            f"{install(extra)}{more}"
+            f"{install_hint(extra)}{more}"
         ) from error
 
 
 @contextlib.contextmanager
-def answered(program: str) -> Iterator[None]:
+def exit_on_errors(program: str) -> Iterator[None]:
     """Wrap a whole program: print a UserError and exit with 2; print a line after a signal and exit with 128 + number.
 
     Ctrl-C, SIGTERM and SIGHUP (the terminal is closed) interrupt the program, and the next signal ends it at once. A
@@ -166,17 +166,17 @@ def answered(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _leave(f"{program}: {error}", 2)
+        _exit_with(f"{program}: {error}", 2)
     except Exception as error:
         if not _is_of_lost_process(error) or os.environ.get("RAYSL_LOG_TO_DRIVER") == "1":
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         why = " ".join(dict.fromkeys((lines[0].strip(), lines[-1].strip())))
-        _leave(f"{program}: A process of Ray was lost. {why} {_RESUME}", 1)
+        _exit_with(f"{program}: A process of Ray was lost. {why} {_RESUME}", 1)
     except KeyboardInterrupt as error:
         # A signal that arrives in a callback of C may raise a plain KeyboardInterrupt.
         stop = error if isinstance(error, Interrupted) else Interrupted(f"Interrupted. {_RESUME}")
-        _leave(f"\n{program}: {stop}", 128 + stop.number)
+        _exit_with(f"\n{program}: {stop}", 128 + stop.number)
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
@@ -206,19 +206,19 @@ def _on_stop(handler: Callable[[int, FrameType | None], object]) -> None:
 
 
 def _interrupt(program: str, number: int, frame: FrameType | None) -> None:
-    _on_stop(functools.partial(_end, program))
+    _on_stop(functools.partial(_exit_at_once, program))
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     stop = Interrupted(f"Interrupted by {name}. {_RESUME}")
     stop.number = signal.Signals(number)
     raise stop
 
 
-def _end(program: str, number: int, frame: FrameType | None) -> None:
+def _exit_at_once(program: str, number: int, frame: FrameType | None) -> None:
     os.write(2, f"\n{program}: Ended at once. {_RESUME}\n".encode())
     os._exit(128 + number)
 
 
-def _leave(message: str, code: int) -> None:
+def _exit_with(message: str, code: int) -> None:
     """Stop a Ray that this process started, and exit."""
     print(message, file=sys.stderr)
     if "ray" in sys.modules:

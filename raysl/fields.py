@@ -195,7 +195,7 @@ def _reason(value: Any, hint: Any, bounds: Bounds | None = None) -> str:
             return f"it must have {len(parts)} values"
         found = (_reason(item, part, bounds) for item, part in zip(value, parts, strict=True))
         return next((reason.replace("it must", "each must", 1) for reason in found if reason), "")
-    if _is_number(value) and origin is not Literal:
+    if is_number(value) and origin is not Literal:
         if not _is_finite(value):
             return "it must be a finite number"
         if bounds is not None and not bounds.allow(value):
@@ -223,7 +223,7 @@ def has_type(value: Any, hint: Any) -> bool:
     if kind is types.NoneType:
         return value is None
     if kind is float:
-        return _is_number(value)
+        return is_number(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind) if isinstance(kind, type) else True
@@ -236,7 +236,8 @@ def _near(value: Any, hint: Any) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return True for a whole number or a float, and not for a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

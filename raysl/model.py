@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysl import pretext
+from raysl import checkpoint, pretext
 from raysl.augment import recipe
 from raysl.augment.own_augmentation import OwnAugmentation
 from raysl.backbone import network
@@ -24,6 +24,7 @@ from raysl.errors import UserError
 from raysl.objectives import Alternates, Describes, Objective, Setup, ViewRecipes
 from raysl.pretext import Geometry
 from raysl.rng import ImageRng, key
+from raysl.storage import Folder
 from raysl.stream.plan import num_steps
 from raysl.stream.reader import DataShare, Stream
 from raysl.stream.views import View
@@ -180,6 +181,12 @@ class Model(nn.Module):
         if self.starting_weights:
             facts["starting_weights"] = self.starting_weights
         return facts
+
+
+def model_config(config: Pretraining, checkpoints: Folder) -> Pretraining:
+    """Return the configuration to build the model by: a run with a checkpoint needs no file of starting weights."""
+    resumes = bool(config.backbone.weights) and checkpoint.newest_step(checkpoints) > 0
+    return config.without_starting_weights() if resumes else config
 
 
 def check_columns(views: Mapping[str, View], dataset: DataSet, method: str) -> None:

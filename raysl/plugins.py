@@ -1,11 +1,11 @@
-"""Find the files of a room by name: objectives, transforms, probes, recipes and sources, from raysl or from elsewhere.
+"""Find files of a package by name: objectives, transforms, probes, recipes and sources, from raysl or from elsewhere.
 
-Every file of a room whose name does not begin with "_" is found by itself. A file from elsewhere is the same kind of
-file, and comes by one of three ways:
+Every file of the package whose name does not begin with "_" is found by itself. A file from elsewhere is the same kind
+of file, and comes by one of three ways:
 
-- a folder added to the `__path__` of the room's package;
+- a folder added to the `__path__` of the package;
 - an entry point of an installed package, in the group "raysl.objectives", "raysl.pretext" or "raysl.probes";
-- its path or dotted name, in `--plugin`, `plugin=` or RAYSL_PLUGINS; see `use`.
+- its path or dotted name, in `--plugin`, `plugin=` or RAYSL_PLUGINS; see `add_and_trust`.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from typing import Any
 
 from raysl.errors import UserError, explained, unknown
 
-OBJECTIVES, PRETEXT, PROBES = ROOMS = ("raysl.objectives", "raysl.pretext", "raysl.probes")
+OBJECTIVES, PRETEXT, PROBES = PLUGIN_PACKAGES = ("raysl.objectives", "raysl.pretext", "raysl.probes")
 
-# A second package of raysl with files of a room.
+# A second package with objectives.
 EXPERIMENTAL = "raysl.experimental"
-_PACKAGES = {OBJECTIVES: (OBJECTIVES, EXPERIMENTAL)}
+_SEARCHED_PACKAGES = {OBJECTIVES: (OBJECTIVES, EXPERIMENTAL)}
 
-# The environment variable that names the plugins whose code runs that name them may run.
-TRUSTED = "RAYSL_PLUGINS"
+# Environment variable listing plugins that the user trusts: opening a run that uses one of them may execute it.
+TRUSTED_VARIABLE = "RAYSL_PLUGINS"
 _log = logging.getLogger("raysl.plugins")
 # Name in an imported file of the hash of its source.
 _SOURCE = "__raysl_source__"
 
-# Modules that `load_module` has added: room -> name -> module.
-_added: dict[str, dict[str, ModuleType]] = {room: {} for room in ROOMS}
-# Names in RAYSL_PLUGINS that have been looked into, and the room and the name of what they have added.
+# Modules that `load_module` has added: package -> name -> module.
+_added: dict[str, dict[str, ModuleType]] = {package: {} for package in PLUGIN_PACKAGES}
+# Names in RAYSL_PLUGINS that have been looked into, and the package and the name of what they have added.
 _tried: set[str] = set()
-_give_way: set[tuple[str, str]] = set()
+_replaceable: set[tuple[str, str]] = set()
 
 
-def names(room: str) -> list[str]:
-    """Return the names of all files of a room, the dotted name of its package, sorted."""
-    if room in ROOMS:
+def names(package: str) -> list[str]:
+    """Return the names of all files of a package (its dotted name), sorted."""
+    if package in PLUGIN_PACKAGES:
         _add_trusted()
-    inside = [name for package in _PACKAGES.get(room, (room,)) for name in _files(package)]
-    return sorted({*inside, *_entry_points(room), *_added.get(room, {})})
+    inside = [name for searched in _SEARCHED_PACKAGES.get(package, (package,)) for name in _files(searched)]
+    return sorted({*inside, *_entry_points(package), *_added.get(package, {})})
 
 
-def is_experimental(room: str, name: str) -> bool:
-    """Return True if a file of a room is one of `raysl.experimental`, whose use is not shown yet."""
-    outside = name in _entry_points(room)
-    return not outside and EXPERIMENTAL in _PACKAGES.get(room, ()) and name in _files(EXPERIMENTAL)
+def is_experimental(package: str, name: str) -> bool:
+    """Return True if a file of a package is one of `raysl.experimental`, whose use is not shown yet."""
+    searched = () if name in _entry_points(package) else _SEARCHED_PACKAGES.get(package, ())
+    return EXPERIMENTAL in searched and name in _files(EXPERIMENTAL)
 
 
 def _files(package: str) -> list[str]:
@@ -65,39 +65,39 @@ def _files(package: str) -> list[str]:
     return [info.name for info in pkgutil.iter_modules(path) if not info.name.startswith("_")]
 
 
-def module(room: str, name: str, kind: str) -> ModuleType:
-    """Import a file of a room.
+def module(package: str, name: str, kind: str) -> ModuleType:
+    """Import a file of a package.
 
     Args:
-        room: as for `names`.
+        package: as for `names`.
         name: name of the file without ".py".
         kind: what it is, as a user calls it, such as "probe".
 
     Raises:
-        UserError: the room has no such file, or an installed plugin cannot be imported.
+        UserError: the package has no such file, or an installed plugin cannot be imported.
     """
-    if name not in names(room):
-        raise unknown(kind, name, names(room))
-    if name in _added.get(room, {}):
-        return _added[room][name]
-    if name in _entry_points(room):
-        return import_module(_entry_points(room)[name])
-    package = EXPERIMENTAL if is_experimental(room, name) else room
-    return importlib.import_module(f"{package}.{name}")
+    if name not in names(package):
+        raise unknown(kind, name, names(package))
+    if name in _added.get(package, {}):
+        return _added[package][name]
+    if name in _entry_points(package):
+        return import_module(_entry_points(package)[name])
+    parent = EXPERIMENTAL if is_experimental(package, name) else package
+    return importlib.import_module(f"{parent}.{name}")
 
 
-def config_type(room: str, name: str, kind: str) -> type[Any]:
+def config_type(package: str, name: str, kind: str) -> type[Any]:
     """Return the `Config` of a file. Raises `UserError` as `module` does, or when the file has none."""
-    return _member(module(room, name, kind), "Config", name, kind)
+    return _member(module(package, name, kind), "Config", name, kind)
 
 
-def load(room: str, name: str, kind: str) -> tuple[type[Any], type[Any]]:
+def load(package: str, name: str, kind: str) -> tuple[type[Any], type[Any]]:
     """Return the `Config` of a file and the class that bears its name in CamelCase.
 
     Raises:
         UserError: as `module`, or the file lacks one of the two classes.
     """
-    found = module(room, name, kind)
+    found = module(package, name, kind)
     return _member(found, "Config", name, kind), _member(found, class_name(name), name, kind)
 
 
@@ -116,7 +116,7 @@ def class_name(name: str) -> str:
     return "".join(word.capitalize() for word in name.split("_"))
 
 
-def use(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+def add_and_trust(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
     """Add a plugin or several, and trust them; return the names that a run remembers. Raises as `load_module`."""
     several = [given] if isinstance(given, str | os.PathLike) else given
     found = tuple(remembered(os.fspath(one)) for one in several)
@@ -135,10 +135,10 @@ def _add_trusted() -> None:
         try:
             found = import_module(name)
             # The other modules of a package are not imported: the user may have named it for its backbone alone.
-            if room := _room(found):
-                _add(room, _stem(found), found, gives_way=True)
+            if package := _package_of(found):
+                _add(package, _stem(found), found, replaceable=True)
         except UserError as error:
-            _log.warning("%s names it: %s", TRUSTED, error)
+            _log.warning("%s names it: %s", TRUSTED_VARIABLE, error)
 
 
 def load_module(path_or_name: str) -> ModuleType:
@@ -167,14 +167,14 @@ def load_module(path_or_name: str) -> ModuleType:
 
 
 def _add_members(found: ModuleType) -> bool:
-    """Add a module, or the files of a package, to their rooms. Return False if none belongs to a room."""
+    """Add a module, or the files of a package, to those of raysl. Return False if none fits one of raysl's packages."""
     members = [found]
     if hasattr(found, "__path__"):
         members = [import_module(f"{found.__name__}.{name}") for name in _files(found.__name__)]
-    rooms = [(room, member) for member in members if (room := _room(member))]
-    for room, member in rooms:
-        _add(room, _stem(member), member)
-    return bool(rooms)
+    fitting = [(package, member) for member in members if (package := _package_of(member))]
+    for package, member in fitting:
+        _add(package, _stem(member), member)
+    return bool(fitting)
 
 
 class MissingCodeError(UserError):
@@ -189,12 +189,12 @@ def trust(name: str) -> None:
     """
     if os.pathsep in name:
         raise UserError(
-            f"The path of the plugin {name!r} contains {os.pathsep!r}, which separates plugins in {TRUSTED}. Move the "
-            f"file to a path without {os.pathsep!r}."
+            f"The path of the plugin {name!r} contains {os.pathsep!r}, which separates plugins in {TRUSTED_VARIABLE}. "
+            f"Move the file to a path without {os.pathsep!r}."
         )
     trusted = _trusted()
     if name not in trusted:
-        os.environ[TRUSTED] = os.pathsep.join([*trusted, name])
+        os.environ[TRUSTED_VARIABLE] = os.pathsep.join([*trusted, name])
 
 
 def check_trusted(
@@ -231,17 +231,17 @@ def _trusted_place(name: str, run: str, source: str) -> str:
         other = f" {str(named[0])!r} has other content." if named and content else ""
         raise MissingCodeError(
             f"{run!r} uses the code in {name!r}, and there is no such file.{other} If you have moved it and trust it, "
-            f"set {TRUSTED}=PLACE/{file} in the environment, or put the file back."
+            f"set {TRUSTED_VARIABLE}=PLACE/{file} in the environment, or put the file back."
         )
     if name not in _trusted():
         raise MissingCodeError(
-            f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, set {TRUSTED}={name} "
-            "in the environment. For a file with an objective, a transform or a probe, --plugin does the same."
+            f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, set {TRUSTED_VARIABLE}="
+            f"{name} in the environment. For a file with an objective, a transform or a probe, --plugin does the same."
         )
     return name
 
 
-def moved(name: str, places: Mapping[str, str]) -> str:
+def with_current_path(name: str, places: Mapping[str, str]) -> str:
     """Return "MODULE:NAME" of a run with the place of its module now, of `check_trusted`; any other name as it is."""
     module, colon, attribute = name.rpartition(":")
     return f"{places.get(module, module)}{colon}{attribute}"
@@ -249,9 +249,9 @@ def moved(name: str, places: Mapping[str, str]) -> str:
 
 def _trusted() -> list[str]:
     """Return the trusted plugins. Processes that start now, perhaps in another folder, find their whole paths."""
-    found = [remembered(one) for one in os.environ.get(TRUSTED, "").split(os.pathsep) if one]
+    found = [remembered(one) for one in os.environ.get(TRUSTED_VARIABLE, "").split(os.pathsep) if one]
     if found:
-        os.environ[TRUSTED] = os.pathsep.join(found)
+        os.environ[TRUSTED_VARIABLE] = os.pathsep.join(found)
     return found
 
 
@@ -260,24 +260,25 @@ def remembered(path_or_name: str) -> str:
     return str(_file(path_or_name).resolve()) if _is_file(path_or_name) else path_or_name
 
 
-def _add(room: str, name: str, member: ModuleType, gives_way: bool = False) -> None:
-    """Add a file to its room. One that RAYSL_PLUGINS names gives way to one that a command or a run names."""
-    there, known = names(room), _added[room].get(name)
+def _add(package: str, name: str, member: ModuleType, replaceable: bool = False) -> None:
+    """Add a file to its package. One that RAYSL_PLUGINS names gives way to one that a command or a run names."""
+    there, known = names(package), _added[package].get(name)
     is_other = known is not None and known.__file__ != member.__file__
-    if (known is None and name in there) or (is_other and (gives_way or (room, name) not in _give_way)):
+    stays = replaceable or (package, name) not in _replaceable
+    if (known is None and name in there) or (is_other and stays):
         raise UserError(
-            f"The plugin {member.__file__} has the name {name!r}, which {known.__file__ if known else room} has "
+            f"The plugin {member.__file__} has the name {name!r}, which {known.__file__ if known else package} has "
             "already. Rename the file and its class."
         )
-    _added[room][name] = member
-    if gives_way and known is None:
-        _give_way.add((room, name))
-    elif not gives_way:
-        _give_way.discard((room, name))
+    _added[package][name] = member
+    if replaceable and known is None:
+        _replaceable.add((package, name))
+    elif not replaceable:
+        _replaceable.discard((package, name))
 
 
-def _room(member: ModuleType) -> str:
-    """Return the room that a file belongs to by the methods of its class; an empty string for none."""
+def _package_of(member: ModuleType) -> str:
+    """Return the package of raysl that a file belongs to by the methods of its class; an empty string for none."""
     made = getattr(member, class_name(_stem(member)), None)
     if made is None or not hasattr(member, "Config"):
         return ""
@@ -394,6 +395,6 @@ def _import_file(file: Path) -> ModuleType:
 
 
 @functools.cache
-def _entry_points(room: str) -> dict[str, str]:
-    """Return the module of each entry point of a room by its name."""
-    return {point.name: point.value for point in importlib.metadata.entry_points(group=room)}
+def _entry_points(package: str) -> dict[str, str]:
+    """Return the module of each entry point for a package by its name."""
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=package)}

@@ -55,7 +55,7 @@ def _ray_where_it_is_tested(request: pytest.FixtureRequest, monkeypatch: pytest.
 @pytest.fixture(autouse=True)
 def _commands_leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the Ray that tests share when a command is refused, and import whole modules after it."""
-    monkeypatch.setattr("raysl.cli.lazy.install", lambda: None)
+    monkeypatch.setattr("raysl.cli.lazy.install_import_hook", lambda: None)
     if "ray" in sys.modules:
         monkeypatch.setattr("ray.shutdown", lambda: None)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from raysl.dataset import SHARDS, DataSet, Manifest, Shard
 from raysl.evaluation.results import ROWS, add_rows
 from raysl.ingestion import shard
-from raysl.ingestion.sources import Place, UnitSize, open_source, read
+from raysl.ingestion.sources import SourceLocation, UnitSize, open_source, read
 from raysl.run import Run
 from raysl.storage import Folder
 
@@ -63,7 +63,7 @@ def _png(generator: np.random.Generator, side: int, label: int) -> bytes:
 
 def make_clips(folder: Path, count: int, options: str = "size=32&frames=12", split: str = "train") -> DataSet:
     """A data set of drawn clips."""
-    opened = open_source(Place(f"clips:{count}?{options}", split))
+    opened = open_source(SourceLocation(f"clips:{count}?{options}", split))
     units = list(opened.source.units(UnitSize(-(-count // 2), 1 << 28)))
     classes = tuple(opened.source.found.classes)
     written, base = [], 0

@@ -47,7 +47,7 @@ def steps(folder: Folder) -> list[int]:
 
 
 def newest_step(folder: Folder) -> int | None:
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest_checkpoint(folder)
     return found.step if found else None
 
 
@@ -62,7 +62,7 @@ def test_a_round_trip_is_exact(folder: Folder) -> None:
     saver = Saver(folder, SaveConfig(), 0, 1)
     saver.save(7, state, bank)
     saver.wait()
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest_checkpoint(folder)
     assert found is not None
     assert (found.step, found.world) == (7, 1)
     loaded, banks = found.load()
@@ -89,7 +89,7 @@ def test_a_network_that_does_not_fit_or_is_not_finite_is_refused(
     saver = Saver(folder, SaveConfig(), 0, 1)
     saver.save(1, state, None)
     saver.wait()
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest_checkpoint(folder)
     assert found is not None
     with pytest.raises(UserError, match=answer):
         found.fill(nn.Linear(4, 3, bias=False), found.backbone_state())
@@ -121,7 +121,7 @@ def test_what_is_saved_is_the_state_at_the_call(folder: Folder, monkeypatch: pyt
     weight += 1
     rows += 1
     saver.wait()
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest_checkpoint(folder)
     assert found is not None
     state, banks = found.load()
     assert state["nested"][0]["weight"].sum() == 0
@@ -217,7 +217,7 @@ def test_a_session_of_another_number_of_workers_may_write_the_same_step(folder: 
     save(folder, 10, rank=0, world=2, value=1.0)
     for rank in (1, 2, 0):
         save(folder, 10, rank=rank, world=3, value=2.0)
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest_checkpoint(folder)
     assert found is not None
     assert found.world == 3
     state, banks = found.load()
@@ -233,7 +233,7 @@ MANIFEST = "manifest-0000-of-0001.json"
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
 def test_a_damaged_checkpoint_is_named_in_the_error(folder: Folder, name: str, damage: str) -> None:
     save(folder, 10, 20)
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest_checkpoint(folder)
     assert found is not None
     path = Path(str(found.folder)) / name
     data = path.read_bytes()
@@ -261,7 +261,7 @@ def test_a_worker_reads_only_its_own_rows_of_the_bank(folder: Folder) -> None:
         saver = Saver(folder, SaveConfig(), rank, 2)
         saver.save(1, {"step": 1} if rank == 0 else None, part(rows_nd[first:last], first, len(rows_nd)))
         saver.wait()
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest_checkpoint(folder)
     assert found is not None
     for first, last in [
         (0, 100_000),

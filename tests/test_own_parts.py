@@ -20,7 +20,7 @@ from raysl.augment.own_augmentation import OwnAugmentation, name_of
 from raysl.config import Pretraining, ViewConfig
 from raysl.extraction import RandomBackbone
 from raysl.model import Model
-from raysl.ray_cluster.placement import Machines, place
+from raysl.ray_cluster.placement import Machines, make_placement
 from raysl.rng import ImageRng
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
@@ -129,7 +129,7 @@ def test_a_run_of_own_parts_that_is_half_on_ray_has_the_same_numbers(
     parts |= {"pirl": {"num_negatives": 8}, "epochs": 3, "batch_size": 20, "log_every": 1, "workers": 1}
     whole = raysl.pretrain(data, tmp_path / "whole", callbacks=listeners[:1], local=True, **parts)
     halves = replace(whole.config(), run=str(tmp_path / "halves"))
-    placement = place(1, Machines(({"CPU": 2.0},)))
+    placement = make_placement(1, Machines(({"CPU": 2.0},)))
     pretrain(halves, until=2, placement=placement, local=True)
     pretrain(halves, until=4, placement=placement, callbacks=Callbacks(listeners[1:]))
     pretrain(halves, placement=placement, local=True)

@@ -19,7 +19,7 @@ from raysl import plugins, pretext
 from raysl.__main__ import main
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, methods
-from raysl.errors import UserError, blamed
+from raysl.errors import UserError, name_plugin_in_errors
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.reader import StreamConfig
@@ -107,14 +107,14 @@ class Ncm:
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(plugins.TRUSTED, "")
+    monkeypatch.setenv(plugins.TRUSTED_VARIABLE, "")
     before, tried = {room: dict(files) for room, files in plugins._added.items()}, set(plugins._tried)
     yield
     for room, files in plugins._added.items():
         files.clear()
         files.update(before[room])
     plugins._tried &= tried
-    plugins._give_way.clear()
+    plugins._replaceable.clear()
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_a_probe_from_a_file_measures(
         rows = raysl.probe("random", data[0], data[1], "ncm", out=out, plugin=file, ncm={"power": 1})
         assert [(row["probe"], row["name"]) for row in rows] == [("ncm", "top1")]
         return
-    monkeypatch.setenv(plugins.TRUSTED, str(file) if way == "environment" else "")
+    monkeypatch.setenv(plugins.TRUSTED_VARIABLE, str(file) if way == "environment" else "")
     given = ["--plugin", str(file)] if way == "flag" else []
     command = ["probe", "random", "--train", data[0], "--test", data[1], "--out", str(out), "--probes", "ncm"]
     main([*command, "--ncm.power", "1", *given])
@@ -221,7 +221,7 @@ def test_a_sweep_that_a_probe_from_a_file_has_judged_is_read(
     Journal(Folder(str(tmp_path))).add(json.loads(json.dumps(header)))
     for room in plugins._added.values():
         room.clear()
-    monkeypatch.setenv(plugins.TRUSTED, "")
+    monkeypatch.setenv(plugins.TRUSTED_VARIABLE, "")
     with pytest.raises(UserError, match=r"ncm\.py', which would be run now"):
         _ = SweepResults.open(str(tmp_path)).config
     plugins.trust(str(file))
@@ -239,7 +239,7 @@ def test_only_what_can_be_imported_of_the_trusted_code_is_listed(
     (tmp_path / "network.py").write_text("")
     (tmp_path / "broken.py").write_text("1 / 0")
     names = [file, tmp_path / "network.py", tmp_path / "broken.py", tmp_path / "gone.py"]
-    monkeypatch.setenv(plugins.TRUSTED, os.pathsep.join(map(str, names)))
+    monkeypatch.setenv(plugins.TRUSTED_VARIABLE, os.pathsep.join(map(str, names)))
     plugins.names("raysl.ingestion.sources")  # Tasks that read files need no plugin, which may import torch.
     assert not caplog.records
     assert "upside_down" in pretext.names()
@@ -254,7 +254,9 @@ def test_of_a_trusted_package_no_other_file_is_run(tmp_path: Path, monkeypatch: 
     (package / "train.py").write_text("raise SystemExit(3)")
     (tmp_path / "ends.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv(plugins.TRUSTED, os.pathsep.join(["some_networks", str(tmp_path / "ends.py")]))
+    monkeypatch.setenv(
+        plugins.TRUSTED_VARIABLE, os.pathsep.join(["some_networks", str(tmp_path / "ends.py")])
+    )
     pretext.names()
     assert "some_networks" in sys.modules
     assert "some_networks.train" not in sys.modules
@@ -266,12 +268,12 @@ def test_a_file_that_is_named_goes_before_one_of_the_environment(
     other = tmp_path / "newer" / file.name
     other.parent.mkdir()
     other.write_text(TRANSFORM)
-    monkeypatch.setenv(plugins.TRUSTED, str(file))
+    monkeypatch.setenv(plugins.TRUSTED_VARIABLE, str(file))
     assert "upside_down" in pretext.names()
-    plugins.use(other)
+    plugins.add_and_trust(other)
     assert plugins.module(plugins.PRETEXT, "upside_down", "transform").__file__ == str(other)
     with pytest.raises(UserError, match=r"which .* has already"):
-        plugins.use(file)
+        plugins.add_and_trust(file)
 
 
 def test_a_package_may_hold_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +419,7 @@ def test_an_error_in_a_plugin_names_its_line(
 
 
 def test_a_method_of_raysl_is_not_blamed() -> None:
-    with pytest.raises(ZeroDivisionError), blamed():
+    with pytest.raises(ZeroDivisionError), name_plugin_in_errors():
         1 / 0  # noqa: B018
 
 
@@ -431,7 +433,7 @@ def test_a_method_of_raysl_is_not_blamed() -> None:
 def test_an_error_of_the_machine_below_a_plugin_passes(line: str, error: type[Exception]) -> None:
     names: dict[str, Any] = {"__name__": "raysl_plugin_mine"}
     exec(f"def work():\n    {line}\n", names)
-    with pytest.raises(error), blamed():
+    with pytest.raises(error), name_plugin_in_errors():
         names["work"]()
 
 

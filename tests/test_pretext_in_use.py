@@ -26,7 +26,7 @@ from raysl.objectives import pirl
 from raysl.reporting import combinations, method_pages
 from raysl.reporting.pictures import views_grid
 from raysl.storage import Folder
-from raysl.stream.data_tasks import Load
+from raysl.stream.data_tasks import MakeBatches
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig
 from raysl.tuning.space import space
@@ -98,7 +98,7 @@ def make(method: str, place: Literal["data", "trainer"] = "data") -> tuple[Model
 def first_batch(network: Model, config: Pretraining, dataset: DataSet) -> Batch:
     """The batch of the first step, by way of the columns that a data task puts out."""
     stream = Stream(dataset, Plan.of(dataset, 12, 0, 1), network.views(), config.stream)
-    columns = next(Load(stream, 0, 1)({"id": np.zeros(1, np.int64)}))
+    columns = next(MakeBatches(stream, 0, 1)({"id": np.zeros(1, np.int64)}))
     return stream.batch(0, {name: values[0] for name, values in columns.items()})
 
 

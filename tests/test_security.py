@@ -77,9 +77,9 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     (checkpoint / "state.pt").write_bytes(data)
     manifest = {"files": {"state.pt": {"bytes": len(data), "crc32": zlib.crc32(data)}}}
     write_record(Folder(str(checkpoint)), "manifest-0000-of-0001.json", manifest)
-    from raysl.checkpoint import newest
+    from raysl.checkpoint import newest_checkpoint
 
-    found = newest(Folder(str(tmp_path)))
+    found = newest_checkpoint(Folder(str(tmp_path)))
     assert found is not None
     with pytest.raises(UserError):
         found.state()

@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger("raysl")
 
 
-@console.announced
+@console.prints_start_line
 def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fields: Any) -> DataSet:
     """Make a data set of any source of images. The same call again resumes an interrupted ingest.
 
     Args:
         source: an image folder, tables, archives, arrays or "shapes:N", as a path or a URI; or images in memory, a list
-            of files, or a data set of torch, pandas, Hugging Face or Ray; see `raysl.ingestion.objects.Rows.of`.
+            of files, or a data set of torch, pandas, Hugging Face or Ray; see `raysl.ingestion.objects.ObjectRows.of`.
         dest: folder of the data set, a path or a URI.
         config, fields: the configuration; see `IngestConfig`. `labels` may be a label for each image in memory.
     """
@@ -64,14 +64,14 @@ def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fi
     labels = None if isinstance(fields.get("labels"), str) else fields.pop("labels", None)
     settings = configure(pipeline.IngestConfig, config, fields)
     if isinstance(source, str | os.PathLike):
-        source = open_source(settings.place(os.fspath(source)))
+        source = open_source(settings.location(os.fspath(source)))
         if labels is None and (done := pipeline.complete(source, os.fspath(dest), settings)) is not None:
             return done
     check_writable(os.fspath(dest))
     return pipeline.ingest(source, os.fspath(dest), settings, labels=labels)
 
 
-@console.announced
+@console.prints_start_line
 def pretrain(
     data: Data | None = None,
     run: PathLike | None = None,
@@ -94,7 +94,7 @@ def pretrain(
         callbacks: objects whose methods are called during the run; see `raysl.run.callbacks`.
         probe_every: steps between two evaluations of the run while it trains; 0 for none.
         train, test, probes: data and probes of these evaluations.
-        local: train in this process, without Ray, also where that is not the default; see `raysl.training.local`.
+        local: train in this process, without Ray, also where that is not the default; see `raysl.training.in_process`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
             `pirl={"temperature": 0.1}`. `image_size` is that of the view. `backbone` may be an importable function
             or class that builds an `nn.Module` from normalised images (b, 3, s, s) to features (b, width).
@@ -109,7 +109,7 @@ def pretrain(
     return online.pretrain_and_probe(settings, probing, followers, local=local)
 
 
-@console.announced
+@console.prints_start_line
 def probe(
     checkpoint: AnyRun,
     train: Data,
@@ -169,7 +169,7 @@ def probe(
     return rows
 
 
-@console.announced
+@console.prints_start_line
 def features(
     checkpoint: AnyRun,
     data: Data | None = None,
@@ -201,7 +201,7 @@ def features(
     return compute_features(uri(checkpoint), settings)
 
 
-@console.announced
+@console.prints_start_line
 def cluster(
     features: PathLike | FeatureStore,
     k: int | None = None,
@@ -235,7 +235,7 @@ def cluster(
     return done
 
 
-@console.announced
+@console.prints_start_line
 def clusterfit(
     teacher: AnyRun,
     data: Data | None = None,
@@ -265,7 +265,7 @@ def clusterfit(
     return cluster_and_fit.clusterfit(settings, run_config(data, run, student, {"method": "clusterfit"}))
 
 
-@console.announced
+@console.prints_start_line
 def sweep(
     data: Data | None = None,
     test: Data | None = None,
@@ -298,7 +298,7 @@ def sweep(
     from raysl.tuning import sweep as tuning
 
     def checked(asked: Pretraining) -> list[str]:
-        names = preparation.check(asked, settings)[0].names
+        names = preparation.check_and_list_points(asked, settings)[0].names
         check_source(asked.data, settings.train, settings.validation, settings.test)
         return names
 
@@ -306,7 +306,7 @@ def sweep(
     return tuning.sweep(learner, settings)
 
 
-@console.announced
+@console.prints_start_line
 def report(folders: AnyRun | Sequence[AnyRun], config: ReportConfig | None = None, **fields: Any) -> str:
     """Write one page about a sweep, or about runs side by side, and return its path or URI.
 
@@ -323,7 +323,7 @@ def report(folders: AnyRun | Sequence[AnyRun], config: ReportConfig | None = Non
     return f"{reporting.report(uris, configure(reporting.ReportConfig, config, fields))}/index.html"
 
 
-@console.announced
+@console.prints_start_line
 def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> str:
     """Write the backbone of a run for other programs, with a model card, and return the folder.
 
@@ -339,7 +339,7 @@ def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> st
     return str(model_export.export(opened, settings))
 
 
-@console.announced
+@console.prints_start_line
 def views(
     data: Data | None = None,
     out: PathLike = "views.png",
@@ -369,7 +369,7 @@ def views(
     return os.fspath(out)
 
 
-@console.announced
+@console.prints_start_line
 def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any) -> Comparison:
     """Train a run again from its metadata and compare losses and weights to the last bit.
 
@@ -384,7 +384,7 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
     return reproduction.reproduce(first, settings)
 
 
-@console.announced
+@console.prints_start_line
 def doctor(config: DoctorConfig | None = None, **fields: Any) -> Diagnosis:
     """Measure what limits the speed of a run on this machine; with `cluster=True`, look at a cluster; with `gpu=True`,
     check the GPUs of this machine.

@@ -39,9 +39,9 @@ def dataset(data: Data) -> DataSet:
 
     if isinstance(data, DataSet):
         return data
-    from raysl.ingestion import resolve
+    from raysl.ingestion import open_or_ingest
 
-    return resolve(uri(data))
+    return open_or_ingest(uri(data))
 
 
 def check_source(*places: Data) -> None:
@@ -49,13 +49,13 @@ def check_source(*places: Data) -> None:
     from raysl.dataset import DataSet
     from raysl.ingestion.cache import finished_folder
     from raysl.ingestion.found import names_checked
-    from raysl.ingestion.sources import Place, open_source
+    from raysl.ingestion.sources import SourceLocation, open_source
 
     with names_checked():
         for data in places:
-            place = "" if isinstance(data, DataSet) else uri(data)
-            if place and not finished_folder(place):
-                open_source(Place.parse(place))
+            path = "" if isinstance(data, DataSet) else uri(data)
+            if path and not finished_folder(path):
+                open_source(SourceLocation.parse(path))
 
 
 def check_checkpoint(checkpoint: AnyRun) -> None:
@@ -97,7 +97,7 @@ def run_config(
     values = _named({**base, **given(data=data, run=run), **fields})
     trains = check is None
     if local:
-        from raysl.training import local as in_process
+        from raysl.training import in_process
 
         check, workers = in_process.check, False
     if isinstance(config, Pretraining):
@@ -110,15 +110,15 @@ def run_config(
         values["workers"] = 1
     _check_given(values)
     values["data"] = uri(values["data"])
-    asked = defaults.check(values)
+    asked = defaults.validated_config(values)
     unlisted = (check and check(asked)) or ()
     _check_images(asked)
     values = _with_weights_file(values, asked.run)
     check_results(asked, out, workers)
     if trains:
-        from raysl.training import readiness
+        from raysl.training import preflight
 
-        readiness.check_before_ingest(asked, values)
+        preflight.check_before_ingest(asked, values)
     if not workers or (local is None and _trains_alone(values, asked)):
         import torch
 
@@ -171,13 +171,13 @@ def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
     """
     from raysl.config import defaults
     from raysl.run import Run
-    from raysl.training import local
+    from raysl.training import in_process
 
     if str(values.get("workers", 0)) in ("0", ""):
         begun = Run.find(asked.run)
         made = defaults.resume(begun.config(), values, 1, False) if begun else None
         asked = dataclasses.replace(asked, workers=made.workers if made else 1)
-    return local.is_chosen(asked)
+    return in_process.is_chosen(asked)
 
 
 def _from_weights_file(config: Pretraining) -> Pretraining:
@@ -198,19 +198,19 @@ def _with_weights_file(values: Mapping[str, Any], run: str) -> dict[str, Any]:
 
     network = values.get("backbone", {})
     given = network if isinstance(network, Mapping) else dataclasses.asdict(network)
-    place = given.get("weights")
-    if not place:
+    path = given.get("weights")
+    if not path:
         return dict(values)
     if begun := Run.find(run):
         kept = begun.config().backbone.weights
         try:
-            is_same = starting_weights(place) == kept
+            is_same = starting_weights(path) == kept
         except UserError:
-            is_same = kept.startswith(f"{Folder(place)}/")
+            is_same = kept.startswith(f"{Folder(path)}/")
         return {**values, "backbone": {**given, "weights": kept}} if is_same else dict(values)
-    file = starting_weights(place)
+    file = starting_weights(path)
     if "name" not in given and (stated := stated_backbone(file)):
-        _log.info("The backbone is that of %s: %s.", place, stated.name)
+        _log.info("The backbone is that of %s: %s.", path, stated.name)
         given = {**{name: getattr(stated, name) for name in ("name", "stem", "norm", "patch_size")}, **given}
     return {**values, "backbone": {**given, "weights": file}}
 
@@ -221,13 +221,13 @@ def _suited(values: Mapping[str, Any], asked: Pretraining, unlisted: Sequence[st
 
     if str(values.get("workers", 0)) not in ("0", ""):
         # Before a source is ingested, which takes its time.
-        placement.place(asked.worker_counts()[0])
+        placement.make_placement(asked.worker_counts()[0])
     machines = placement.machines()
-    return _resolved(values, asked.data, placement.usual_workers(machines), machines.has_gpus, unlisted)
+    return _resolved(values, asked.data, placement.default_workers(machines), machines.has_gpus, unlisted)
 
 
 def _resolved(
-    values: Mapping[str, Any], data: str, usual_workers: int, has_gpus: bool, unlisted: Sequence[str]
+    values: Mapping[str, Any], data: str, default_workers: int, has_gpus: bool, unlisted: Sequence[str]
 ) -> Pretraining:
     """Return the configuration of a run; one that exists keeps what it was begun with."""
     from raysl.config import defaults
@@ -236,10 +236,10 @@ def _resolved(
     images = dataset(data)
     begun = Run.find(str(values["run"])) if values.get("run") not in (None, "-") else None
     if begun is not None:
-        made = defaults.resume(begun.config(), values, usual_workers, has_gpus)
+        made = defaults.resume(begun.config(), values, default_workers, has_gpus)
         defaults.log_taken(made, values)
         return made
-    return defaults.resolve(values, images, usual_workers, has_gpus, unlisted)
+    return defaults.choose_defaults(values, images, default_workers, has_gpus, unlisted)
 
 
 def unseen(asked: Pretraining) -> list[str]:
@@ -312,19 +312,19 @@ def given(**values: Any) -> dict[str, Any]:
     }
 
 
-def uri(place: Any) -> str:
+def uri(given: Any) -> str:
     """Return the place of a path, a data set, a run or a table of features."""
-    if isinstance(place, str | os.PathLike):
-        return os.fspath(place)
-    folder = getattr(place, "folder", None)
-    if type(place).__name__ == "Pretraining":
+    if isinstance(given, str | os.PathLike):
+        return os.fspath(given)
+    folder = getattr(given, "folder", None)
+    if type(given).__name__ == "Pretraining":
         raise UserError(
             "A Pretraining is given where a path, a data set or a run is expected. Name the argument, "
             "as in raysl.pretrain(config=...)."
         )
     if folder is None:
         raise UserError(
-            f"A value of type {type(place).__name__} is given where one path, data set or run is expected. Of images "
+            f"A value of type {type(given).__name__} is given where one path, data set or run is expected. Of images "
             "or files, make a data set by raysl.ingest(IMAGES, DEST), and give that."
         )
     return str(folder)

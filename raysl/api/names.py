@@ -59,7 +59,7 @@ def protocols_of(
     """
     from raysl import probes as all_probes
 
-    plugins.use(plugin)
+    plugins.add_and_trust(plugin)
     if extra := sorted(set(given) - set(probes)):
         raise UserError(f"The argument {extra[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
     return {name: configure(all_probes.config_type(name), given.get(name), {}) for name in probes}
@@ -85,7 +85,7 @@ def sweep_and_run(
     own = {field.name for field in dataclasses.fields(SweepConfig)}
     of_runs = {name: value for name, value in fields.items() if name not in own}
     given = {**base, **of_runs} if isinstance(base, Mapping) else of_runs
-    plugins.use(given.get("plugin", ()))  # The configuration of a sweep looks for its probe.
+    plugins.add_and_trust(given.get("plugin", ()))  # The configuration of a sweep looks for its probe.
     check_names(function, base if isinstance(base, Whole) else None, given, own)
     of_sweep = {name: value for name, value in fields.items() if name in own}
     return {name: uri(value) if name in ONE_SOURCE else value for name, value in of_sweep.items()}, of_runs

@@ -42,7 +42,7 @@ def _check_outside(data: str, out: str, run: str) -> None:
     flag, results = ("--out", out) if out else ("--run", run)
     source, place = (Path(Folder(one).uri) for one in (data.partition("#")[0], results))
     has_content = place.is_dir() and any(place.iterdir())  # That it holds a run is checked elsewhere.
-    if results == "-" or DataSet.is_one(data) or not source.is_dir() or has_content:
+    if results == "-" or DataSet.exists_at(data) or not source.is_dir() or has_content:
         return
     if place.resolve().is_relative_to(source.resolve()):
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from torch import Tensor
 from raysl import plugins
 from raysl.errors import UserError
 from raysl.rng import ImageRng
+from raysl.storage.records import short_hash
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class OwnAugmentation:
         """Return its name and a hash of its source file, for run metadata."""
         file = plugins.import_module(self.name.rpartition(":")[0]).__file__
         data = Path(file).read_bytes() if file else b""
-        return {"name": self.name, "source": hashlib.blake2b(data, digest_size=8).hexdigest()}
+        return {"name": self.name, "source": short_hash(data)}
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -52,11 +52,11 @@ def demo(config: DemoConfig) -> None:
     Raises:
         UserError: the data cannot be read, or has no labels.
     """
-    console_log.install()
+    console_log.add_handler()
     ray_cluster.start()
     from raysl.evaluation.evaluate import probe
     from raysl.evaluation.results import verdicts
-    from raysl.ingestion import resolve, splits
+    from raysl.ingestion import open_or_ingest, splits
     from raysl.model import Model
     from raysl.ray_cluster import placement
     from raysl.reporting import pictures
@@ -67,15 +67,15 @@ def demo(config: DemoConfig) -> None:
     train, test = splits(DRAWN if config.data == "shapes" else config.data)
     logging.getLogger("raysl.ingestion").setLevel(logging.WARNING)
     with console_log.working("Preparing the images ..."):
-        dataset, judged = resolve(train), resolve(test)
+        dataset, eval_set = open_or_ingest(train), open_or_ingest(test)
     if not dataset.has_labels:
         raise UserError(
             f"The demo measures with labels and {config.data!r} has none. Use `raysl pretrain` on it."
         )
-    counts = counted(dataset.num_images, "image"), f"{judged.num_images:,}"
+    counts = counted(dataset.num_images, "image"), f"{eval_set.num_images:,}"
     _log.info("%s to learn from, without labels; %s to test on.", *counts)
     # The demo shows workers on Ray, also where one worker would do without.
-    several = placement.usual_workers() if placement.machines().has_gpus else 2
+    several = placement.default_workers() if placement.machines().has_gpus else 2
     settings = _settings(config, dataset, out, config.workers or several)
     grid = out / "views.png"
     views = Model.of(settings, dataset).views()
@@ -84,7 +84,7 @@ def demo(config: DemoConfig) -> None:
     # On the images that it learns from, kNN leaves each image out of its own vote; a classifier cannot.
     probes = ("knn",) if train == test else ("knn", "linear")
     with console_log.working("Probing the trained network, the untrained one, and raw pixels ..."):
-        rows = probe(run, dataset, judged, probes=probes)
+        rows = probe(run, dataset, eval_set, probes=probes)
     console.print(_table(rows))
     console.print("\n".join(verdicts(rows)), markup=False)
     console.print(f"\nWhat the method sees:  {grid}", soft_wrap=True, highlight=False)
@@ -94,13 +94,13 @@ def demo(config: DemoConfig) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the primary metric of every probe and encoder."""
-    from raysl.evaluation.results import TITLES, shown
+    from raysl.evaluation.results import TITLES, format_row_value
 
     primary = [row for row in rows if row["primary"]]
     probes = list(dict.fromkeys(row["probe"] for row in primary))
     table = Table("features", *probes)
     for encoder in dict.fromkeys(row["encoder"] for row in primary):
-        value = {row["probe"]: shown(row) for row in primary if row["encoder"] == encoder}
+        value = {row["probe"]: format_row_value(row) for row in primary if row["encoder"] == encoder}
         table.add_row(TITLES.get(encoder, encoder), *(value.get(probe, "") for probe in probes))
     return table
 

@@ -31,7 +31,7 @@ _FOR_MACHINE = tyro.conf.arg(help_behavior_hint="(default: chosen from images an
 class Parsed:
     """The flags of a run."""
 
-    given: dict[str, Any]  # fields from flags or a recipe; see `raysl.config.defaults.resolve`
+    given: dict[str, Any]  # fields from flags or a recipe; see `raysl.config.defaults.choose_defaults`
     config: Pretraining  # the same, completed with the defaults of the classes
     beside: dict[str, Any]  # the additional dataclasses of `parse`, by name
 
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
         SystemExit: a flag does not exist (2), or help is requested (0).
     """
     beside = beside or {}
-    plugins.use(peek_all(arguments, "--plugin", ()))
+    plugins.add_and_trust(peek_all(arguments, "--plugin", ()))
     recipe = next(iter(peek_all(arguments, "--recipe", ())), "")
     base = recipes.load(recipe, "", "") if recipe else Pretraining("", "")
     method = next(iter(peek_all(arguments, "--method", ())), base.method)
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
     extra = {name: values.pop(name) for name in beside}
     typed = {word.partition("=")[0][2:].replace("_", "-") for word in arguments if word.startswith("--")}
     explicit = values if recipe else _explicit(values, typed, "")
-    return Parsed(explicit, defaults.check(explicit), extra)
+    return Parsed(explicit, defaults.validated_config(explicit), extra)
 
 
 def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
@@ -94,7 +94,7 @@ def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
         first = list(words).index(rest[0])
         flag = next((word for word in reversed(words[:first]) if word.startswith("-")), "")
         flag = flag.partition("=")[0]
-        few = ", ".join(map(repr, rest[:3])) + f", ... ({len(rest):,} words)" * (len(rest) > 3)
+        few = ", ".join(map(repr, rest[:3])) + (f", ... ({len(rest):,} words)" if len(rest) > 3 else "")
         if flag.removeprefix("--") in ONE_SOURCE:
             raise UserError(f"{flag} takes one source, and behind it stands also {few}. {SEVERAL}")
         if program.endswith(" ingest"):
@@ -108,7 +108,7 @@ def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
 def _marked(name: str, hint: Any, value: Any, prefix: str = "") -> tuple[str, Any, Any]:
     """Return a field of flags whose help names the defaults that `raysl.config.defaults` chooses from the data."""
     if f"{prefix}{name}" in defaults.CHOSEN:
-        chosen = _FOR_MACHINE if f"{prefix}{name}" in defaults.OF_MACHINE else _FOR_DATA
+        chosen = _FOR_MACHINE if f"{prefix}{name}" in defaults.MACHINE_DEPENDENT else _FOR_DATA
         return name, Annotated[hint, chosen], value
     if not any(chosen.startswith(f"{name}.") for chosen in defaults.CHOSEN):
         return name, hint, value

@@ -1,9 +1,9 @@
 """Import the library name by name, so that the command answers before torch and Ray are loaded.
 
 The command line needs the configuration classes, which stand beside the classes that they configure, in modules that
-import torch. After `install`, a module of raysl runs only those of its top-level statements that a name needs which
-somebody asks for: the statement that binds the name, the statements that bind the names which it mentions, and so on,
-in the order of the file. `Pirl` needs torch, and `Config` beside it does not.
+import torch. After `install_import_hook`, a module of raysl runs only those of its top-level statements that a name
+needs which somebody asks for: the statement that binds the name, the statements that bind the names which it mentions,
+and so on, in the order of the file. `Pirl` needs torch, and `Config` beside it does not.
 
 Only the command installs this. In Python, and in the workers of Ray, the modules are imported as ever.
 """
@@ -26,7 +26,7 @@ _FLAGS = __future__.annotations.compiler_flag
 _LOCK = threading.RLock()
 
 
-def install() -> None:
+def install_import_hook() -> None:
     """Import modules of raysl name by name from now on."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -28,7 +28,7 @@ from raysl.ingestion.pipeline import IngestConfig
 from raysl.model_export import ExportConfig
 from raysl.reporting.page import ReportConfig
 from raysl.run import Run
-from raysl.training.local import LocalConfig
+from raysl.training.in_process import LocalConfig
 from raysl.training.reproduction import ReproduceConfig
 from raysl.tuning.config import POPULATION, SweepConfig
 
@@ -62,7 +62,7 @@ def _next_commands(run: Run, data: str, own_code: Collection[str] = ()) -> str:
 
 def _trusting() -> str:
     """Return the assignment by which a shell trusts the code that this process trusts."""
-    return f"{plugins.TRUSTED}={shlex.quote(os.environ.get(plugins.TRUSTED, ''))}"
+    return f"{plugins.TRUSTED_VARIABLE}={shlex.quote(os.environ.get(plugins.TRUSTED_VARIABLE, ''))}"
 
 
 def ingest(
@@ -139,7 +139,7 @@ def probe(arguments: Sequence[str]) -> None:
     """Probe a run or weights: `raysl probe RUN --train D --test D --probes knn linear --layers all`."""
     from raysl import probes
 
-    plugins.use(peek_all(arguments, "--plugin", ()))
+    plugins.add_and_trust(peek_all(arguments, "--plugin", ()))
     kinds = {name: probes.config_type(name) for name in peek_all(arguments, "--probes", ProbeFlags.probes)}
     fields: list[Any] = [(name, kind, kind()) for name, kind in kinds.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(ProbeFlags,), frozen=True)
@@ -240,7 +240,7 @@ def methods(pages: Path | None = None, plugin: tuple[str, ...] = ()) -> None:
         pages: folder to write pages of documentation to, instead of the list.
         plugin: your own files or modules that define objectives or transforms, which are listed too.
     """
-    plugins.use(plugin)
+    plugins.add_and_trust(plugin)
     if pages is not None:
         from raysl.reporting import method_pages
 
@@ -262,7 +262,9 @@ def methods(pages: Path | None = None, plugin: tuple[str, ...] = ()) -> None:
 
 def sweep(arguments: Sequence[str]) -> None:
     """Try values: `raysl sweep --data D --method pirl-jigsaw --vary temperature lam --out S`."""
-    plugins.use(peek_all(arguments, "--plugin", ()))  # The configuration of a sweep looks for its probe.
+    plugins.add_and_trust(
+        peek_all(arguments, "--plugin", ())
+    )  # The configuration of a sweep looks for its probe.
     given, rest = tyro.cli(SweepConfig, prog="raysl sweep", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl sweep")
     rows = api.sweep(config=given, base=flags.given)
@@ -312,7 +314,7 @@ def reproduce(run: _Run, config: Annotated[ReproduceConfig, _FLAGS]) -> None:
         config: see `ReproduceConfig`.
     """
     found = api.reproduce(run, config)
-    for line in found.numbers:
+    for line in found.result_differences:
         print(f"differs: {line}")
     if not found.same:
         raise SystemExit(1)

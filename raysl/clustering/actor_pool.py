@@ -25,8 +25,8 @@ from raysl.storage.feature_store import FeatureStore
 
 _log = logging.getLogger("raysl.clustering")
 # Restarts that Ray gives an actor, and retries of a call, before the driver starts a new pool.
-_RESTARTS = 3
-_PATIENCE_S = 20.0
+_ACTOR_RESTARTS = 3
+_START_LOG_AFTER_S = 20.0
 # The driver adds up the sums of all actors if they are smaller than this.
 _SMALL_BYTES = 32 << 20
 
@@ -108,8 +108,8 @@ class ActorPool:
         make = ray.remote(KMeansWorker).options(
             num_cpus=self._allocation.cpus,
             num_gpus=self._allocation.gpus,
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
+            max_restarts=_ACTOR_RESTARTS,
+            max_task_retries=_ACTOR_RESTARTS,
             scheduling_strategy="SPREAD",
         )
         self._actors = [make.remote(shard) for shard in self._shards]
@@ -138,7 +138,7 @@ class ActorPool:
             largest.num_bytes / 1e6,
             "kept in memory" if largest.is_kept else f"read from disk in every pass: they exceed {memory}",
         )
-        done, _ = ray.wait(loading, num_returns=1, timeout=_PATIENCE_S)
+        done, _ = ray.wait(loading, num_returns=1, timeout=_START_LOG_AFTER_S)
         if not done:
             free = ray.available_resources()
             _log.info(

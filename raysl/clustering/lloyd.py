@@ -32,18 +32,18 @@ from raysl.clustering.options import KMeansConfig
 from raysl.clustering.state import STATE, State
 from raysl.clustering.update import Splits
 from raysl.dataset import DataSet
-from raysl.errors import UserError, install
+from raysl.errors import UserError, install_hint
 from raysl.ray_cluster import placement
 from raysl.storage import Folder
 from raysl.storage.feature_store import FeatureStore
-from raysl.storage.records import read_record, signed, write_record
+from raysl.storage.records import as_json, read_record, signed, write_record
 
 _log = logging.getLogger("raysl.clustering")
 
 HEADER, SUMMARY = "clustering.json", "summary.json"
 CENTROIDS, ASSIGNMENTS = "centroids.npy", "assignments.parquet"
 # New actor pools, each from the last saved state, before a clustering gives up.
-_POOLS = 4
+_MAX_POOLS = 4
 _FEW_ROWS = 39
 # Shorter passes are not all saved: writing would take longer than repeating them.
 _SAVE_EVERY_S = 1.0
@@ -168,7 +168,7 @@ def _with_retries(work: Callable[[], None]) -> None:
     """Do the work. Repeat it with a new pool if Ray could not restart an actor that was lost."""
     import ray
 
-    for attempt in range(_POOLS):
+    for attempt in range(_MAX_POOLS):
         try:
             work()
             return
@@ -176,7 +176,7 @@ def _with_retries(work: Callable[[], None]) -> None:
             user_error = ray_cluster.user_error(error)
             if user_error is not None:
                 raise user_error from None
-            if attempt == _POOLS - 1:
+            if attempt == _MAX_POOLS - 1:
                 raise
             why = str(error).strip().splitlines()[-1]
             _log.warning("An actor was lost (%s). Resuming from the last iteration with new actors.", why)
@@ -185,7 +185,7 @@ def _with_retries(work: Callable[[], None]) -> None:
 def _pool(store: FeatureStore, config: KMeansConfig, rows: SampleArguments | None) -> ActorPool:
     found = placement.machines()
     # A requested number of actors may need machines that the autoscaler has yet to start.
-    nodes = (*found.now, *found.later[: found.room]) if config.actors else found.for_work
+    nodes = (*found.now, *found.later[: found.max_new_machines]) if config.actors else found.for_work
     if config.actors:
         store.shards(config.actors)  # Raises UserError if a shard would be empty.
     return ActorPool(
@@ -195,7 +195,7 @@ def _pool(store: FeatureStore, config: KMeansConfig, rows: SampleArguments | Non
 
 def _check_header(folder: Folder, header: Mapping[str, Any]) -> None:
     """Write the header, or compare it with an existing one."""
-    header = json.loads(json.dumps(header))
+    header = as_json(header)
     if not folder.exists(HEADER):
         if others := {STATE, CENTROIDS, ASSIGNMENTS, SUMMARY}.intersection(folder.list()):
             raise UserError(
@@ -358,7 +358,7 @@ def _summary(
 def _labels(store: FeatureStore) -> NDArray[np.int64] | None:
     """Return the labels of the images by index, int64, if they are known and the data set still exists."""
     data = store.metadata.get("data")
-    if not data or not DataSet.is_one(data):
+    if not data or not DataSet.exists_at(data):
         return None
     dataset = DataSet.open(data)
     if not dataset.has_labels or dataset.manifest.fingerprint != store.metadata.get("fingerprint"):
@@ -386,7 +386,7 @@ def agreement(clusters_n: NDArray[np.int64], labels_n: NDArray[np.int64]) -> dic
         from sklearn.metrics import normalized_mutual_info_score
         from sklearn.metrics.cluster import contingency_matrix
     except ImportError:
-        _log.warning(f"NMI and purity need scikit-learn. {install('eval')}")
+        _log.warning(f"NMI and purity need scikit-learn. {install_hint('eval')}")
         return {}
     table = contingency_matrix(labels_n, clusters_n, sparse=True)
     return {

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from raysl.errors import UserError, install
+from raysl.errors import UserError, install_hint
 from raysl.fields import Bounds, CheckedTop, Seed
 
 Init = Literal["rows", "k-means++"]
@@ -18,7 +18,7 @@ def check_faiss() -> None:
     """Raise UserError when the package that k-means runs on is missing."""
     if importlib.util.find_spec("faiss") is None:
         raise UserError(
-            f"Clustering needs faiss, which is not installed. {install('cpu')} On a machine with an NVIDIA GPU, "
+            f"Clustering needs faiss, which is not installed. {install_hint('cpu')} On a machine with an NVIDIA GPU, "
             "take the extra 'gpu' instead."
         )
 

@@ -28,7 +28,7 @@ def to_device(values: Tensor | npt.NDArray[Any], device: torch.device) -> Tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def copied_beside(values: Tensor, device: torch.device) -> Tensor:
+def copy_on_side_stream(values: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on the device, copied while the device computes; later work on the device waits for the copy.
 
     Args:

@@ -102,7 +102,7 @@ class Pretraining(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "plugin", plugins.use(self.plugin))
+        object.__setattr__(self, "plugin", plugins.add_and_trust(self.plugin))
         for module in (*self.backbone.modules(), *self.view.modules()):
             plugins.trust(module)
         config_types = methods.parse(self.method).config_types()
@@ -176,8 +176,10 @@ class Pretraining(Checked):
         return {name: plugins.source_hash(name) for name in names}
 
     @staticmethod
-    def stored(value: Mapping[str, Any], place: str, sources: Mapping[str, str] | None = None) -> Pretraining:
-        """Return the configuration that the folder `place` of a run or a sweep holds.
+    def stored(
+        value: Mapping[str, Any], folder: str, sources: Mapping[str, str] | None = None
+    ) -> Pretraining:
+        """Return the configuration that `folder`, of a run or a sweep, holds.
 
         Args:
             sources: `Pretraining.sources` of the run, if it holds them.
@@ -188,11 +190,11 @@ class Pretraining(Checked):
         backbone, view = dict(value.get("backbone", {})), dict(value.get("view", {}))
         names = [str(backbone.get("name", "")), str(view.get("recipe", ""))]
         plugin, own = value.get("plugin", ()), [name.rpartition(":")[0] for name in names if ":" in name]
-        places = plugins.check_trusted([*plugin, *own], place, sources or {})
+        places = plugins.check_trusted([*plugin, *own], folder, sources or {})
         if places:
             parts = {"backbone": (backbone, "name"), "view": (view, "recipe")}
             now = {
-                part: {**old, key: plugins.moved(old[key], places)}
+                part: {**old, key: plugins.with_current_path(old[key], places)}
                 for part, (old, key) in parts.items()
                 if key in old
             }
@@ -254,10 +256,10 @@ def value_of(config: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def told(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value of a configuration as a flag takes it."""
     if isinstance(value, list | tuple):
-        return " ".join(map(told, value)) or "empty"
+        return " ".join(map(format_value, value)) or "empty"
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
     return str(int(value)) if whole else str(value) or "empty"
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from raysl.backbone.network import TIMM
-from raysl.config import Pretraining, differences, from_dict, methods, run_folder, told, value_of
+from raysl.config import Pretraining, differences, format_value, from_dict, methods, run_folder, value_of
 from raysl.dataset import DataSet
 
 _log = logging.getLogger("raysl.config.defaults")
@@ -25,14 +25,14 @@ _log = logging.getLogger("raysl.config.defaults")
 # Images with a shorter side up to this many pixels are small.
 SMALL_SIDE = 64
 _SAMPLE = 64
-# Every field that `resolve` may choose. A command that is to repeat a run has to name these.
+# Every field that `choose_defaults` may choose. A command that is to repeat a run has to name these.
 CHOSEN = frozenset(
     "backbone.name backbone.norm bank.momentum view.image_size workers batch_size precision optim.name optim.lr "
     "optim.warmup optim.weight_decay pirl.head pirl.temperature pirl.num_negatives npid.head npid.temperature "
     "npid.num_negatives simclr.norm simclr.temperature jigsaw.grid".split()
 )
 # The fields of these for which it looks at the machine too.
-OF_MACHINE = frozenset("backbone.name view.image_size workers batch_size precision".split())
+MACHINE_DEPENDENT = frozenset("backbone.name view.image_size workers batch_size precision".split())
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
 _MANY = 1 << 31
@@ -62,10 +62,10 @@ class _Images(NamedTuple):
     are_photos: bool
 
 
-def resolve(
+def choose_defaults(
     given: Mapping[str, Any],
     dataset: DataSet,
-    usual_workers: int,
+    default_workers: int,
     has_gpus: bool,
     varied: Collection[str] = (),
 ) -> Pretraining:
@@ -73,13 +73,13 @@ def resolve(
 
     Args:
         given: fields of `Pretraining` and of the method's parts by their names; nested mappings for nested classes.
-        usual_workers: number of workers that suits the machine.
+        default_workers: number of workers that suits the machine.
         has_gpus: whether the machine or cluster has GPUs.
         varied: dotted names of the fields that trials vary; they are chosen too, but not listed.
     """
-    wanted, side = _without_usual(given), short_side(dataset)
+    wanted, side = _without_auto_workers(given), short_side(dataset)
     images = _Images(dataset.num_images, side > SMALL_SIDE)
-    offered = _choices(wanted, images, usual_workers, has_gpus, "method" in varied)
+    offered = _choices(wanted, images, default_workers, has_gpus, "method" in varied)
     choices = [choice for choice in offered if not _contains(wanted, choice.name)]
     listed = [choice for choice in choices if choice.name not in varied]
     if listed:
@@ -92,9 +92,9 @@ def resolve(
     return _completed(wanted, choices)
 
 
-def before_data(given: Mapping[str, Any]) -> list[Pretraining]:
-    """Return what `resolve` would choose for many small images, and for photos without and with GPUs."""
-    wanted = _without_usual(given)
+def possible_configs(given: Mapping[str, Any]) -> list[Pretraining]:
+    """Return what `choose_defaults` would choose for many small images, and for photos without and with GPUs."""
+    wanted = _without_auto_workers(given)
     cases = ((False, False), (True, False), (True, True))
     return [_completed(wanted, _choices(wanted, _Images(_MANY, photos), 1, gpus)) for photos, gpus in cases]
 
@@ -108,14 +108,14 @@ def _completed(wanted: Mapping[str, Any], choices: Iterable[Choice]) -> Pretrain
     return from_fields(_merged(values, wanted))
 
 
-def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int, has_gpus: bool) -> Pretraining:
+def resume(begun: Pretraining, given: Mapping[str, Any], default_workers: int, has_gpus: bool) -> Pretraining:
     """Return the configuration of a run that exists: what it was begun with, and what is given now."""
-    wanted = _without_usual(given)
+    wanted = _without_auto_workers(given)
     values = begun.to_json()
     parts = values.pop("parts")
     # Two workers without GPUs fit everywhere, and go on exactly.
-    if begun.batch_size % usual_workers == 0 and (has_gpus or str(begun.workers) != "2"):
-        values["workers"] = usual_workers
+    if begun.batch_size % default_workers == 0 and (has_gpus or str(begun.workers) != "2"):
+        values["workers"] = default_workers
     if wanted.get("method", begun.method) == begun.method:
         values |= parts
     return from_fields(_merged(values, wanted))
@@ -123,19 +123,23 @@ def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int, has
 
 def log_taken(made: Pretraining, given: Mapping[str, Any]) -> None:
     """Log what a resumed run has that is neither given nor the value of the classes. `CHOSEN` comes last."""
-    given = _without_usual(given)
+    given = _without_auto_workers(given)
     plain = Pretraining(made.data, made.run, made.method, plugin=made.plugin)
     values = made.to_json()
-    names = ["method"] * (made.method != Pretraining.method) + differences(plain.to_json(), values)
-    left = {name.removeprefix("parts."): told(value_of(values, name)) for name in names if name != "workers"}
+    names = (["method"] if made.method != Pretraining.method else []) + differences(plain.to_json(), values)
+    left = {
+        name.removeprefix("parts."): format_value(value_of(values, name))
+        for name in names
+        if name != "workers"
+    }
     order = sorted(left, key=lambda name: (name != "method", name in CHOSEN))
     taken = [f"{name.replace('_', '-')} {left[name]}" for name in order if not _contains(given, name)]
     if taken:
         _log.info("Taken from the run: %s.", ", ".join(taken))
 
 
-def _without_usual(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out a number of workers that is 0, which stands for the usual number."""
+def _without_auto_workers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out a number of workers that is 0, which stands for the default number."""
     return {name: value for name, value in given.items() if name != "workers" or value not in (0, "0")}
 
 
@@ -150,13 +154,13 @@ def from_fields(fields: Mapping[str, Any]) -> Pretraining:
     return made
 
 
-def check(given: Mapping[str, Any]) -> Pretraining:
+def validated_config(given: Mapping[str, Any]) -> Pretraining:
     """Return the configuration with the values of the classes for what is not given, without data or machine.
 
     Raises:
         UserError: a value that is given is not allowed, or the folder of the run holds something else.
     """
-    wanted = _without_usual(given)
+    wanted = _without_auto_workers(given)
     least = str(wanted.get("workers", 1)).partition(":")[0]
     # The batch that will be chosen can be shared by the workers, and their number suits a batch that is given.
     batch = {"batch_size": 256 * int(least)} if least.isdecimal() and int(least) else {}
@@ -190,7 +194,7 @@ def short_side(dataset: DataSet) -> int:
 def _choices(
     given: Mapping[str, Any],
     images: _Images,
-    usual_workers: int,
+    default_workers: int,
     has_gpus: bool,
     several_methods: bool = False,
 ) -> Iterator[Choice]:
@@ -208,9 +212,9 @@ def _choices(
     else:
         yield Choice("backbone.name", "resnet18")
         yield Choice("view.image_size", 96, "without a GPU, 224 pixels take five times as long")
-    workers, batch_size = given.get("workers", usual_workers), int(given.get("batch_size", 0))
-    if "workers" not in given and batch_size % usual_workers:
-        workers = next(count for count in range(usual_workers, 0, -1) if batch_size % count == 0)
+    workers, batch_size = given.get("workers", default_workers), int(given.get("batch_size", 0))
+    if "workers" not in given and batch_size % default_workers:
+        workers = next(count for count in range(default_workers, 0, -1) if batch_size % count == 0)
         yield Choice("workers", workers, "more cannot share the batch equally")
     else:
         yield Choice("workers", workers)

@@ -51,7 +51,7 @@ def _others(names: list[str]) -> list[str]:
 
 
 def _refuse(uri: str, flag: str, what: str, others: list[str]) -> None:
-    if others and DataSet.is_one(uri):
+    if others and DataSet.exists_at(uri):
         raise UserError(f"{flag} is {uri!r}, which is a data set. Give another folder to {flag}.")
     if others:
         raise UserError(

@@ -151,7 +151,7 @@ class DataSet:
         return counted(self.num_images, "clip" if self.manifest.clips else "image")
 
     @staticmethod
-    def is_one(uri: str) -> bool:
+    def exists_at(uri: str) -> bool:
         """Return True if there is a finished data set at `uri`. A URI with "#SPLIT" behind it names a source."""
         folder = Folder(uri)
         return (folder.is_local or "#" not in str(folder).rpartition("/")[2]) and folder.exists(MANIFEST)

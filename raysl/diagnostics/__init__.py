@@ -26,7 +26,7 @@ from raysl.diagnostics.measurement import measure_data, measure_training
 from raysl.diagnostics.prediction import Costs, Prediction, predict
 from raysl.errors import UserError
 from raysl.fields import Bounds, CheckedTop
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.model import Model
 from raysl.ray_cluster import gpus
 from raysl.ray_cluster import placement as cluster_placement
@@ -93,7 +93,7 @@ def diagnose(given: DoctorConfig) -> Diagnosis:
     """Check the GPUs, look at the cluster or measure a run, as the configuration says. Raises as `look`, `examine`."""
     if given.gpu:
         ray_cluster.start()
-        return gpu_check.check(resolve(given.data), given.out)
+        return gpu_check.check(open_or_ingest(given.data), given.out)
     return look(given) if given.cluster else examine(given)
 
 
@@ -104,7 +104,7 @@ def look(given: DoctorConfig) -> Fleet:
     """
     prices = given.price_list()
     ray_cluster.start(compare=False)
-    workers = given.workers or cluster_placement.usual_workers()
+    workers = given.workers or cluster_placement.default_workers()
     fleet = machines.survey(workers, prices)
     for part in (_text(machines.table(fleet)), *machines.sentences(fleet, workers)):
         _log.info(part)
@@ -133,12 +133,12 @@ def examine(given: DoctorConfig) -> Report:
     ray_cluster.start()
     import ray
 
-    given = replace(given, workers=given.workers or cluster_placement.usual_workers())
+    given = replace(given, workers=given.workers or cluster_placement.default_workers())
     resources: dict[str, float] = ray.cluster_resources()
     found = versions()
-    dataset = resolve(given.data)
+    dataset = open_or_ingest(given.data)
     config = _pretraining(given, dataset)
-    placement = cluster_placement.place(given.workers)
+    placement = cluster_placement.make_placement(given.workers)
     if placement.gpus_per_worker:
         gpus.check(placement.gpus_per_worker, config.precision)
     stream = Model.of(config, dataset).stream(dataset, placement.share, world=given.workers)

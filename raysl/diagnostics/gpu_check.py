@@ -64,7 +64,7 @@ def step_speed(bench: Bench) -> Numbers:
     images = bench.config.batch_size
     for name in ("fp32", "bf16"):
         worker = bench.worker(precision=name)
-        model, batch = worker.distributed(), first_batch(worker)
+        model, batch = worker.wrapped_model(), first_batch(worker)
         step_s = bench.seconds(functools.partial(worker.update, model, batch, 1e-3))
         found[f"{name}_ms"] = 1e3 * step_s
         found[f"{name}_images_per_s"] = images / step_s
@@ -91,7 +91,7 @@ def compiled_step(bench: Bench) -> Numbers:
     with torch.compiler.set_stance("default" if on_gpu else "force_eager"):
         for name in ("eager", "compiled"):
             worker = bench.worker(compile=name == "compiled")
-            model, batch = worker.distributed(), first_batch(worker)
+            model, batch = worker.wrapped_model(), first_batch(worker)
             started = time.perf_counter()
             worker.update(model, batch, 1e-3)
             bench.finish()
@@ -143,7 +143,7 @@ def profile(bench: Bench) -> Numbers:
     from torch.profiler import profile as profiler
 
     worker = bench.worker()
-    model, batch = worker.distributed(), first_batch(worker)
+    model, batch = worker.wrapped_model(), first_batch(worker)
     worker.update(model, batch, 1e-3)
     bench.finish()
     on_gpu = bench.device.type == "cuda"
@@ -183,7 +183,7 @@ def training(bench: Bench) -> Numbers:
     worker = bench.worker()
     cpus = max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1)
     stream = replace(worker._stream(), share=DataShare(1.0, cpus))
-    model, waited_s, steps = worker.distributed(), 0.0, 5 * bench.steps
+    model, waited_s, steps = worker.wrapped_model(), 0.0, 5 * bench.steps
     arrivals = stream.batches(end_step=steps + 1)
     worker.update(model, next(arrivals), 1e-3)
     bench.finish()
@@ -205,7 +205,7 @@ def training(bench: Bench) -> Numbers:
 def several_workers(bench: Bench) -> Numbers:
     """Measure the step of a worker on each GPU, or of two on the CPU, that exchange gradients and rows of the bank."""
     count = max(2, torch.cuda.device_count())
-    placement, images = cluster_placement.place(count), bench.config.batch_size
+    placement, images = cluster_placement.make_placement(count), bench.config.batch_size
     found: Numbers = {"workers": count}
     kinds: tuple[Literal["replicated", "sharded"], ...] = ("replicated", "sharded")
     for bank in kinds:

@@ -70,13 +70,13 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
     placement, refused, started, waits = None, "", {}, ""
     try:
         found = cluster_placement.machines()
-        placement = cluster_placement.place(workers, found)
+        placement = cluster_placement.make_placement(workers, found)
         more = len(cluster_placement.machines_for(workers, found, placement.gpus_per_worker)) - len(found.now)
         # The machines that the autoscaler would start first for trainers.
         later = capacity.remaining([autoscaler.type_of(node) for node in alive])[0] if capacity else ()
         names = [one.name for one in later if one.resources.get("GPU") or not found.has_gpus]
         started = dict(Counter(names[:more]))
-        waits = placement.busy(workers)
+        waits = placement.waiting_message(workers)
     except UserError as error:
         refused = str(error)
     unusable = {address: why for address, (why, _) in gpus.check_machines().items() if why}

@@ -81,7 +81,7 @@ def _seconds(stage: Callable[[], object]) -> float:
 def _data_costs(stream: Stream) -> dict[str, float]:
     plan = stream.plan
     rows = plan.rows(0, 0, stream.world)
-    steps = range(min(plan.stretch, plan.num_steps))
+    steps = range(min(plan.steps_per_block, plan.num_steps))
     piece = np.concatenate([plan.rows(step, 0, stream.world).indices_b for step in steps])
     images = stream.dataset.read(rows.indices_b, ["image"]).column("image").to_pylist()
     sources = {name: view.source for name, view in stream.views_of(0).items()}
@@ -116,7 +116,7 @@ def _training_costs(
     try:
         worker = Worker(job, device)
         batch = first_batch(worker)
-        model = worker.distributed() if distributed else worker.model
+        model = worker.wrapped_model() if distributed else worker.model
         step_s = _together_s(lambda: worker.update(model, batch, lr=1e-3), device)
         gradients = torch.zeros(sum(p.numel() for p in worker.model.parameters()), device=device)
         all_reduce_s = _together_s(lambda: dist.all_reduce(gradients), device) if world > 1 else 0.0

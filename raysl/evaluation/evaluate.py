@@ -5,7 +5,6 @@ The baselines give the numbers a meaning: the same backbone before its first ste
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,16 +17,24 @@ from raysl import extraction, probes
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, explained, unknown
-from raysl.evaluation.apart import check_apart, same_set, warn_of_same, warn_of_shared
 from raysl.evaluation.options import ProbeConfig
-from raysl.evaluation.results import MODEL, ROWS, TITLES, add_rows, check_writable, protocol_hash, shown
+from raysl.evaluation.results import (
+    MODEL,
+    ROWS,
+    TITLES,
+    add_rows,
+    check_writable,
+    format_row_value,
+    protocol_hash,
+)
+from raysl.evaluation.train_test_overlap import refuse_same_images, same_set, warn_of_same, warn_of_shared
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe, Row, Subject, common_labels
 from raysl.probes._task import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
-from raysl.storage.records import verified, write_record
+from raysl.storage.records import as_json, verified, write_record
 
 _log = logging.getLogger("raysl.evaluation")
 Tables = Mapping[str, FeatureStore]
@@ -44,7 +51,7 @@ def probe(
 
     Args:
         run: a run with at least one complete checkpoint, or its folder.
-        train: labelled data that the probes learn from; a source that `raysl.ingestion.resolve` accepts.
+        train: labelled data that the probes learn from; a source that `raysl.ingestion.open_or_ingest` accepts.
         test: labelled data on which the probes are scored. Probes without labels use only these images.
         config: what is probed; fields in `changes` replace its own.
 
@@ -135,7 +142,7 @@ class _Context:
 def _context_of(out: str, title: str, source: Encoder, image_size: int, seed: int) -> _Context:
     """Return the context of the folder `out`. Raise UserError if it is a run, or has results of another model."""
     folder = Folder(out)
-    model = json.loads(json.dumps({"name": title, "identity": source.identity()}))
+    model = as_json({"name": title, "identity": source.identity()})
     with explained(f"The file {folder / MODEL} is damaged", "Give --out another folder.", ValueError):
         is_other = folder.exists(ROWS) and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != model
     if folder.exists(METADATA) or is_other:
@@ -156,7 +163,7 @@ def _run_probes(
     """Return the rows of every encoder and probe. Each is stored as soon as it exists: a later probe may fail."""
     ready = config.ready()
     layers = [layers_of(source, config.layers) for source in sources]
-    train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
+    train, test = (one if isinstance(one, DataSet) else open_or_ingest(one) for one in (train, test))
     labelled = [name for name, (_, probe) in ready.items() if isinstance(probe, LabelledProbe)]
     common = common_labels(train, test) if labelled else (None, None)
     data = _Data(train, test, config.bn_statistics, *common)
@@ -195,7 +202,7 @@ def _run_probes(
 
 def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: DataSet) -> None:
     """Raise UserError if data do not suit one of the probes, or one that learns would be scored on the same images."""
-    check_apart(list(ready), train, test)
+    refuse_same_images(list(ready), train, test)
     for _, probe in ready.values():
         if hasattr(probe, "check_data"):
             probe.check_data(train, test)
@@ -203,7 +210,7 @@ def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: Dat
 
 def _names_besides(test: DataSet, train: DataSet) -> str:
     """Return some classes that images of the test set show and none of the train set, with counts, for a message."""
-    shown, learned = (
+    tested, learned = (
         {
             one.manifest.classes[i]: count
             for i, count in zip(*np.unique(one.labels(), return_counts=True), strict=True)
@@ -211,8 +218,8 @@ def _names_besides(test: DataSet, train: DataSet) -> str:
         }
         for one in (test, train)
     )
-    names = [f"{name} {shown[name]:,}" for name in sorted(shown.keys() - learned.keys())]
-    return f": {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
+    names = [f"{name} {tested[name]:,}" for name in sorted(tested.keys() - learned.keys())]
+    return f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
 
 @dataclass(frozen=True)
@@ -336,9 +343,8 @@ def _stored_rows(found: Iterable[Row], probe: Probe, identity: Mapping[str, Any]
         rows.append(stored)
         if primary:
             encoder = TITLES.get(identity["encoder"], identity["encoder"])
-            _log.info(
-                "%-10s %-10s %-8s %s %s", identity["probe"], encoder, row.layer, row.name, shown(stored)
-            )
+            text = format_row_value(stored)
+            _log.info("%-10s %-10s %-8s %s %s", identity["probe"], encoder, row.layer, row.name, text)
     return rows
 
 

@@ -18,12 +18,12 @@ from raysl import checkpoint, probes, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining, run_folder
 from raysl.dataset import DataSet
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.evaluation.evaluate import check_data, probe
 from raysl.evaluation.options import ProbeConfig
-from raysl.evaluation.results import rows_of, rows_of_probe, shown
+from raysl.evaluation.results import format_row_value, rows_of, rows_of_probe
 from raysl.fields import Bounds, check
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.ray_cluster import placement
 from raysl.run import Run, TensorBoard
 from raysl.run.callbacks import Callbacks
@@ -91,7 +91,7 @@ def pretrain_and_probe(
     config = with_checkpoints(config, online)
     _check_defaults(online.probes)
     ray_cluster.start()
-    train, test = resolve(online.train), resolve(online.test)
+    train, test = open_or_ingest(online.train), open_or_ingest(online.test)
     check_data(ProbeConfig(online.probes).ready(), train, test)
     evaluator = OnlineEvaluator(
         Run(Folder(config.run)), online, train, test, config.worker_counts()[0], callbacks
@@ -111,7 +111,7 @@ def _check_defaults(names: Sequence[str]) -> None:
     for name in names:
         flags = " and ".join(probes.required(name))
         if flags:
-            raise Unset(
+            raise MissingValueError(
                 f"The probe {name} needs {flags}, which has no default, and online evaluation uses default protocols. "
                 f"Remove {name} from --probes, and after training run: raysl probe RUN --probes {name} {flags} ..."
             )
@@ -157,7 +157,7 @@ class OnlineEvaluator:
             if not lock.held_here(self.run.folder):
                 continue  # The run has not begun, and the folder may hold another run.
             due = [found for found in self.due(names, self._rows()) if found.step not in self._failed]
-            if due and self._has_room(due[-1].step):
+            if due and self._has_free_gpu(due[-1].step):
                 self._probe(due[-1], names, low_priority=True)
 
     def finish(self) -> list[int]:
@@ -187,7 +187,7 @@ class OnlineEvaluator:
         ]
         return [row for row in found if (row["encoder"], row["layer"]) == ("trained", "pooled")]
 
-    def _has_room(self, step: int) -> bool:
+    def _has_free_gpu(self, step: int) -> bool:
         """Return True if a probe can start without taking resources from the trainers."""
         import ray
 
@@ -243,10 +243,10 @@ class OnlineEvaluator:
         new = [row for row in rows if row["step"] == step and row["probe"] in names]
         if not new:
             return
-        line = ", ".join(f"{_metric_name(row).removeprefix('probe/')} {shown(row)}" for row in new)
+        line = ", ".join(f"{_metric_name(row).removeprefix('probe/')} {format_row_value(row)}" for row in new)
         _log.info("Probes of step %d: %s", step, line)
         if self.callbacks is not None:
-            self.callbacks.probe(new)
+            self.callbacks.report_probe_rows(new)
         if self.run.folder.is_local:
             # A session of TensorBoard hides earlier events from its step on, and the newest checkpoint may come first.
             tensorboard = TensorBoard(self.run.folder / TENSORBOARD, step)

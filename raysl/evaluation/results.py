@@ -207,7 +207,7 @@ def rows_of_probe(
     ]
 
 
-def shown(row: Mapping[str, Any]) -> str:
+def format_row_value(row: Mapping[str, Any]) -> str:
     """Return the value of a row as text: a share in per cent with one decimal, other values with four digits."""
     return f"{100 * row['value']:.1f} %" if _SHARE.match(row["name"]) else f"{row['value']:.4g}"
 
@@ -252,7 +252,7 @@ def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:
         found = [cells.get((layer, measure, column)) for column in columns]
         style = "bold" if any(row and row["primary"] for row in found) else None
         label = measure if len(layers) == 1 else f"{layer} {measure}"
-        table.add_row(escape(label), *(shown(row) if row else "" for row in found), style=style)
+        table.add_row(escape(label), *(format_row_value(row) if row else "" for row in found), style=style)
     return table
 
 
@@ -324,7 +324,7 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
     for row, chance in zip(others, margins, strict=True):
         ahead = trained["value"] - row["value"]
         how = "better" if ahead > chance else "worse" if ahead < -chance else "not clearly better"
-        found[how].append(f"{called[row['encoder']]} ({shown(row)})")
+        found[how].append(f"{called[row['encoder']]} ({format_row_value(row)})")
     listed = " and ".join(f"{how} than {' and '.join(texts)}" for how, texts in found.items() if texts)
     if len(found["better"]) == len(others):
         listed += ": the run has learned something useful"
@@ -333,7 +333,7 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
     elif not found["better"] and max(margins):
         points = f"{100 * max(margins):.1f} percentage points"
         listed += f": with {counted(num_test, 'test image')}, a difference of {points} may be chance"
-    return f"By {name}, the trained network ({shown(trained)}) is {listed}."
+    return f"By {name}, the trained network ({format_row_value(trained)}) is {listed}."
 
 
 def margin(measure: str, values: tuple[float, float], num_images: int) -> float:

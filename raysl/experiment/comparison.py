@@ -17,11 +17,11 @@ from raysl.backbone.network import BackboneConfig
 from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit, round_folder
 from raysl.config import Pretraining, ViewConfig
 from raysl.contrastive.bank import BankConfig
-from raysl.evaluation.apart import check_apart
 from raysl.evaluation.evaluate import probe
 from raysl.evaluation.results import ENCODERS, rows_of_probe
+from raysl.evaluation.train_test_overlap import refuse_same_images
 from raysl.experiment.script import Flags, locally, pretrained
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.objectives.moco import Config as Moco
 from raysl.objectives.npid import Config as Npid
 from raysl.objectives.pirl import Config as Pirl
@@ -115,7 +115,7 @@ def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: F
     if method == "distill":
         own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
     own.setdefault("optim", OptimConfig(lr=0.12, warmup=0.05))
-    num_images = resolve(train).num_images
+    num_images = open_or_ingest(train).num_images
     own["parts"] = with_negatives(own.get("parts", {}), num_images - 1)
     return Pretraining(
         data=train,
@@ -153,7 +153,7 @@ def trained(flags: ComparisonFlags, names: Sequence[str]) -> list[Run]:
         names: names of the probes that follow; data that they cannot use are refused before training.
     """
     check_installed()
-    check_apart(names, *(resolve(split) for split in splits(flags.data)))
+    refuse_same_images(names, *(open_or_ingest(split) for split in splits(flags.data)))
     return [run_of(flags, method, seed) for method in flags.methods for seed in flags.seeds]
 
 
@@ -189,7 +189,7 @@ def measured(
     Baselines are probed once for all runs that started from the same weights. See `raysl.evaluation.evaluate.probe`.
     """
     train, test = splits(flags.data)
-    seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
+    seen, judged = (open_or_ingest(split).manifest.fingerprint for split in (train, test))
     starts = set()
     for run in runs:
         start = extraction.untrained(run)

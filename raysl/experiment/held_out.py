@@ -28,7 +28,7 @@ def batches(model: Model, dataset: DataSet) -> Iterator[Batch]:
     """
     plan = Plan.of(dataset, min(model.config.batch_size, dataset.num_images), seed=1, epochs=_EPOCHS)
     with torch.no_grad(), DataProcesses(1) as data:
-        yield from Stream(dataset, plan, model.views(), model.config.stream, source=data.columns).batches()
+        yield from Stream(dataset, plan, model.views(), model.config.stream, reader=data.columns).batches()
 
 
 def held_out(run: Run, dataset: DataSet) -> dict[str, float]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, Literal
 
+from raysl.errors import counted
 from raysl.reporting.tables import Estimate
 
 MIN_SEEDS = 3
@@ -91,8 +92,7 @@ class Measured:
             return f"{self.contrast.says}: not measured"
         interval = self.interval()
         around = f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else ""
-        seeds = f"{len(self.values)} seed{'s' * (len(self.values) > 1)}"
-        return f"{self.contrast.says}: {100 * mean(self.values):+.1f}{around}, {seeds}"
+        return f"{self.contrast.says}: {100 * mean(self.values):+.1f}{around}, {counted(len(self.values), 'seed')}"
 
 
 def judge(claim: Claim, found: Observations) -> tuple[Verdict, list[Measured]]:

@@ -20,10 +20,10 @@ from rich.console import Console
 from raysl import console
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
-from raysl.errors import UserError, answered
+from raysl.errors import UserError, exit_on_errors
 from raysl.evaluation.evaluate import probe
 from raysl.evaluation.results import rows_of_probe, tables
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from raysl.ingestion.subset import drawn as drawn_indices
 from raysl.ingestion.subset import part, subset
 from raysl.reporting import ReportConfig, check_installed, report
@@ -78,8 +78,8 @@ F = TypeVar("F", bound=Flags)
 
 def command(experiment: Callable[[F], None], flags: type[F]) -> None:
     """Read the command line and run the experiment. Exit as the `raysl` command does."""
-    console.install()
-    with answered("experiment"):
+    console.add_handler()
+    with exit_on_errors("experiment"):
         given, usual = tyro.cli(flags), flags()
         with _scratch() if given.local else nullcontext() as folder:
             if folder:
@@ -149,14 +149,14 @@ def probed(config: Pretraining, train: str, test: str, flags: Flags) -> list[dic
     run = pretrained(config, flags)
     # Scored on its own training images, a classifier would only show how well it memorizes.
     names = ("knn",) if train == test else ("knn", "linear")
-    seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
+    seen, judged = (open_or_ingest(split).manifest.fingerprint for split in (train, test))
     there = [rows_of_probe(run, name, seen, judged, step=run.newest().step) for name in names]
     return [row for rows in there for row in rows] if all(there) else probe(run, train, test, probes=names)
 
 
 def drawn(flags: Flags, num_images: int) -> DataSet:
     """Return a sample of the train split, drawn once and stored among the runs; all images if there are no more."""
-    images = resolve(splits(flags.data)[0])
+    images = open_or_ingest(splits(flags.data)[0])
     if num_images >= images.num_images:
         return images
     return subset(images, num_images, Folder(flags.runs) / f"images-{num_images}")
@@ -167,7 +167,7 @@ def held_out(flags: Flags, images: DataSet) -> str:
 
     Returns "" if all were drawn; a sweep then holds out a tenth of what its probes learn from.
     """
-    everything = resolve(splits(flags.data)[0])
+    everything = open_or_ingest(splits(flags.data)[0])
     if images.num_images == everything.num_images:
         return ""
     total = everything.num_images

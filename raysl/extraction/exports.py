@@ -54,7 +54,7 @@ def _beside(folder: Folder, of_timm: bool) -> tuple[BackboneConfig, int] | None:
             backbone = dict(stated["backbone"])
             if module := str(backbone["name"]).rpartition(":")[0]:  # code, which only the user may name
                 places = plugins.check_trusted([module], str(folder))
-                backbone["name"] = plugins.moved(backbone["name"], places)
+                backbone["name"] = plugins.with_current_path(backbone["name"], places)
             return BackboneConfig(**backbone), int(stated["image_size"])
         if of_timm and folder.exists("config.json"):
             stated = json.loads(folder.read("config.json"))

@@ -7,7 +7,6 @@ Only ranges of indices are sent through Ray; actors read the images that they en
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -37,17 +36,17 @@ from raysl.ray_cluster import gpus, placement, this_machine
 from raysl.storage import Folder
 from raysl.storage.feature_files import FINISHED, FeatureForm, Part, part_file, write_part
 from raysl.storage.feature_store import FeatureStore
-from raysl.storage.records import write_record
+from raysl.storage.records import short_hash, write_record
 from raysl.stream import decode, depth, formats, pixels
 
 # Form of averaged layers, and form of grids, which are large.
-_FORMS = (FeatureForm("float32"), FeatureForm("float16"))
+_MEAN_FORM, _GRID_FORM = _FORMS = (FeatureForm("float32"), FeatureForm("float16"))
 # Packages that decode images and compute networks.
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
 _PART_IMAGES = 4096
 _PART_BYTES = 32 << 20
 _BATCH = 128
-_ATTEMPTS = 3
+_MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,11 @@ def extract_all(
         outputs, missing = [], []
         for layer in protocol.layers:
             record = {**about, "protocol": {**about["protocol"], "layers": [layer]}}
-            key = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=8).hexdigest()
+            key = short_hash(json.dumps(record, sort_keys=True).encode())
             name = re.sub(r"\W", "-", layer)
-            output = _Output(layer, cache / f"{source.name}-{name}-{key}", _FORMS[":" in layer])
+            output = _Output(
+                layer, cache / f"{source.name}-{name}-{key}", _GRID_FORM if ":" in layer else _MEAN_FORM
+            )
             outputs.append(output)
             # A data set may be asked for twice, to learn from and to be scored on.
             if output.folder not in records and not output.folder.exists(FINISHED):
@@ -141,7 +142,7 @@ def _code_hash() -> str:
     computing = (network, small, norm, external_weights, encoders, reestimated, layer_names)
     source = "".join(inspect.getsource(module) for module in reading + computing)
     packages = [(name, _version(name)) for name in _PACKAGES]
-    return hashlib.blake2b(f"{packages}{_FORMS}{source}".encode(), digest_size=8).hexdigest()
+    return short_hash(f"{packages}{_FORMS}{source}".encode())
 
 
 def _version(package: str) -> str | None:
@@ -174,7 +175,7 @@ def _compute_missing(
             for part in extraction.missing():
                 here.write(number, part)
         return
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(_MAX_ATTEMPTS):
         missing = [
             (number, *part) for number, extraction in enumerate(extractions) for part in extraction.missing()
         ]
@@ -186,7 +187,7 @@ def _compute_missing(
         except UserError:
             raise
         except Exception:
-            if attempt == _ATTEMPTS - 1:
+            if attempt == _MAX_ATTEMPTS - 1:
                 raise
 
 

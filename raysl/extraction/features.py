@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from raysl.extraction.encoders import MAX_IMAGE_SIZE, Encoder, Trained
 from raysl.extraction.feature_tasks import FeatureProtocol, compute, describe
 from raysl.extraction.reestimated import Reestimated
 from raysl.fields import Bounds, Seed, check
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.storage import Folder, StorageError
 from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, Part, part_file
 from raysl.storage.feature_store import FeatureStore
-from raysl.storage.records import read_record, write_record
+from raysl.storage.records import as_json, read_record, write_record
 
 _log = logging.getLogger("raysl.extraction")
 _UNREDUCED = "unreduced"
@@ -93,17 +92,17 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     """
     check_out(config.out)
     source = encoders.encoder_by_name(checkpoint, config.backbone, config.seed)
-    dataset = resolve(config.data)
+    dataset = open_or_ingest(config.data)
     protocol = FeatureProtocol(config.image_size or encoders.view_size(source), (config.layer,))
     encoder: Encoder = source
     if config.bn_images:
-        encoder = Reestimated(source, resolve(config.bn_images), protocol.image_size)
+        encoder = Reestimated(source, open_or_ingest(config.bn_images), protocol.image_size)
     about = describe(encoder, dataset, protocol)
     about["form"] = {"dtype": config.dtype, "l2": config.l2, "pca": config.pca, "pca_of": config.pca_of}
     projection = pca.Projection.load(config.pca_of) if config.pca_of else None
     if projection:
         about["form"]["projection"] = projection.digest()
-    about = json.loads(json.dumps(about))
+    about = as_json(about)
     folder = Folder(config.out)
     if _is_finished(folder, about):
         _log.info("The features at %s are already there.", folder)

@@ -24,7 +24,7 @@ from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder, NetworkEncoder, Trained, view_size
 from raysl.extraction.layers import POOLED, Encode
 from raysl.extraction.reestimated import Reestimated
-from raysl.ingestion import pixel_files, resolve
+from raysl.ingestion import open_or_ingest, pixel_files
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.storage.similar import similar_folder
@@ -176,7 +176,7 @@ def load(
         image_size = image_size or stated_size
     image_size = image_size or view_size(encoder)
     if bn_images:
-        images = bn_images if isinstance(bn_images, DataSet) else resolve(os.fspath(bn_images))
+        images = bn_images if isinstance(bn_images, DataSet) else open_or_ingest(os.fspath(bn_images))
         encoder = Reestimated(encoder, images, image_size)
     return FeatureExtractor(encoder, name, image_size, device)
 
@@ -206,35 +206,35 @@ def _named_encoder(
     return encoders.encoder_by_name(name, config or BackboneConfig(), seed), name, stated_size
 
 
-def starting_weights(place: str) -> str:
+def starting_weights(path: str) -> str:
     """Return the file of the weights that a new run starts from.
 
     Args:
-        place: a finished run (its last checkpoint), RUN/checkpoints/step-NNN, a folder of `raysl export`, or a weights
+        path: a finished run (its last checkpoint), RUN/checkpoints/step-NNN, a folder of `raysl export`, or a weights
             file.
 
     Raises:
         UserError: it is none of these, or the run is not finished.
     """
-    place = str(Folder(place))  # The whole path, as the run keeps it.
-    if Folder(place).exists(METADATA) and not Run.open(place).is_finished():
+    path = str(Folder(path))  # The whole path, as the run keeps it.
+    if Folder(path).exists(METADATA) and not Run.open(path).is_finished():
         # Its newest checkpoint changes as it trains, and older ones are deleted.
         raise UserError(
-            f"--backbone.weights is the run {place!r}, which is not finished. Finish it, or run `raysl export "
-            f"{shlex.quote(place)}` and give the folder of the export."
+            f"--backbone.weights is the run {path!r}, which is not finished. Finish it, or run `raysl export "
+            f"{shlex.quote(path)}` and give the folder of the export."
         )
-    if Folder(place).exists(METADATA) or re.search(r"/checkpoints/step-\d+$", place):
-        found = encoders.find_checkpoint(place)
+    if Folder(path).exists(METADATA) or re.search(r"/checkpoints/step-\d+$", path):
+        found = encoders.find_checkpoint(path)
         assert found is not None
         return str(found[1].folder / STATE)
-    if not Folder(place).exists():
-        if meant := similar_folder(place, METADATA):
-            raise UserError(f"--backbone.weights is {place!r}, which does not exist. {meant.strip()}")
-        external_weights.read_file(place)  # Raises UserError.
-    file = exports.weights_in(place)
-    if file == place and "://" not in place and Folder(place).list():
+    if not Folder(path).exists():
+        if meant := similar_folder(path, METADATA):
+            raise UserError(f"--backbone.weights is {path!r}, which does not exist. {meant.strip()}")
+        external_weights.read_file(path)  # Raises UserError.
+    file = exports.weights_in(path)
+    if file == path and "://" not in path and Folder(path).list():
         raise UserError(
-            f"--backbone.weights is {place!r}, a folder that holds neither a run nor exported weights "
+            f"--backbone.weights is {path!r}, a folder that holds neither a run nor exported weights "
             f"({', '.join(exports.EXPORTED)}). Give the folder of a run, RUN/checkpoints/step-NNN, a folder of `raysl "
             "export`, or a weights file."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from raysl.ray_cluster import this_machine
 from raysl.storage import Folder
 from raysl.storage.feature_files import FeatureForm, part_file, write_part
 from raysl.storage.feature_store import FeatureStore, Piece
-from raysl.storage.records import read_arrays, write_arrays
+from raysl.storage.records import read_arrays, short_hash, write_arrays
 
 FILE = "_pca.npz"
 # CPUs of a task: less than one, so that the tasks of a small machine can run beside other work.
@@ -40,7 +39,7 @@ class Projection:
     def digest(self) -> str:
         """Return a hash that equal projections share."""
         numbers = self.mean_d.tobytes() + self.components_dm.tobytes()
-        return hashlib.blake2b(numbers, digest_size=8).hexdigest()
+        return short_hash(numbers)
 
     @staticmethod
     def load(uri: str) -> Projection:

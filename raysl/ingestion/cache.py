@@ -15,7 +15,7 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ingestion.found import names_checked, unreadable
 from raysl.ingestion.pipeline import ingest
-from raysl.ingestion.sources import Opened, Place, open_source
+from raysl.ingestion.sources import Opened, SourceLocation, open_source
 from raysl.storage import Folder
 from raysl.stream.formats import needed_package
 
@@ -26,7 +26,7 @@ _DRAWN_TESTS = {"shapes": 1000, "clips": 200}
 
 
 @names_checked()
-def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
+def open_or_ingest(data: str | Opened, cache: Path | None = None) -> DataSet:
     """Return the data set that `data` names: a finished one, or a source.
 
     A source is ingested into a folder of the cache. The name of the folder depends on the source and on the sizes and
@@ -42,9 +42,9 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     """
     if isinstance(data, str) and (folder := finished_folder(data)):
         return DataSet.open(folder)
-    opened = open_source(canonical(Place.parse(data))) if isinstance(data, str) else data
+    opened = open_source(canonical(SourceLocation.parse(data))) if isinstance(data, str) else data
     name, now, packages = opened.source.name, stamp(opened), set[str]()
-    while DataSet.is_one(dest := _place(name, now, cache, packages)):
+    while DataSet.exists_at(dest := _place(name, now, cache, packages)):
         data_set = DataSet.open(dest)
         if (known := packages | _now_installed(data_set)) == packages:
             return data_set
@@ -56,11 +56,11 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
 
 def finished_folder(data: str) -> str:
     """Return the folder of the finished data set that `data` names, from here or in `$RAYSL_DATA`; "" for a source."""
-    if DataSet.is_one(data):
+    if DataSet.exists_at(data):
         return data
-    place = Place.parse(data)
-    is_one = not place.split and place.uri != data and DataSet.is_one(place.uri)
-    return place.uri if is_one else ""
+    location = SourceLocation.parse(data)
+    is_one = not location.split and location.uri != data and DataSet.exists_at(location.uri)
+    return location.uri if is_one else ""
 
 
 def on_local_disk(data: str) -> bool:
@@ -75,16 +75,16 @@ def root(cache: Path | None) -> Folder:
     return Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
 
 
-def canonical(place: Place) -> Place:
+def canonical(location: SourceLocation) -> SourceLocation:
     """Return a place without ".." in its path, so that all paths of a folder that differ in it have one copy."""
     # If the path does not exist, the error repeats what the user gave.
-    if ".." not in (parts := Path(place.uri).parts) or not place.uri.startswith("/"):
-        return place
+    if ".." not in (parts := Path(location.uri).parts) or not location.uri.startswith("/"):
+        return location
     path = Path("/")
     for part in parts[1:]:
         # ".." behind a link leads to the folder above its target.
         path = path / part if part != ".." else (path.resolve() if path.is_symlink() else path).parent
-    return replace(place, uri=str(path))
+    return replace(location, uri=str(path))
 
 
 def _now_installed(data_set: DataSet) -> set[str]:
@@ -124,13 +124,13 @@ def splits(data: str) -> tuple[str, str]:
     if finished_folder(data):
         return data, data
     try:
-        found = open_source(Place.parse(data)).source.found
+        found = open_source(SourceLocation.parse(data)).source.found
     except UserError:  # There are several splits, or nothing, which the first to resolve it says.
         return f"{data}#train", f"{data}#test"
     # A table with a column of splits is also read without one; its values are read when a split is named.
     if found.split_column:
         with suppress(UserError):
-            found = open_source(Place.parse(data, "train")).source.found
+            found = open_source(SourceLocation.parse(data, "train")).source.found
     if {"train", "test"} <= {*map(str.lower, found.splits)}:
         return f"{data}#train", f"{data}#test"
     return data, data

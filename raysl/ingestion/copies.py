@@ -14,7 +14,7 @@ from raysl.dataset import CACHED, MANIFEST, SHARDS, Manifest
 from raysl.errors import UserError
 from raysl.ingestion.cache import canonical, root, stamp
 from raysl.ingestion.journal import Journal
-from raysl.ingestion.sources import Place, open_source
+from raysl.ingestion.sources import SourceLocation, open_source
 from raysl.storage import Folder, failure
 from raysl.storage.lock import DriverLock
 from raysl.storage.records import verified
@@ -87,7 +87,7 @@ def _content(folder: Folder) -> tuple[str, str, int, int]:
 def _current(source: str) -> str:
     """Return the state of the files of a source now; "" if it cannot be opened."""
     try:
-        return stamp(open_source(canonical(Place.parse(source))))
+        return stamp(open_source(canonical(SourceLocation.parse(source))))
     except (UserError, OSError):
         return ""
 

@@ -62,7 +62,7 @@ class Found:
     left_out: LeftOut = field(default_factory=LeftOut)
     noun: str = "images"  # kind of the entries, or "videos"
 
-    def call_videos(self) -> None:
+    def rename_to_videos(self) -> None:
         """Replace "images" by "videos" in the texts, but not in the example path."""
         self.noun = "videos"
         self.layout = self.layout.replace("images", "videos")
@@ -73,7 +73,7 @@ class Found:
         """Return the table that ingest prints before it copies anything."""
         lines = [("source", name), *([("layout", self.layout)] if self.layout else [])]
         if self.split_column and self.splits and not self.split:
-            one = f"; {name}#{self.splits[-1]} reads one of: {listed(self.splits)}" if self.layout else ""
+            one = f"; {name}#{self.splits[-1]} reads one of: {join_names(self.splits)}" if self.layout else ""
             lines.append(("split", f"none: all values of the column {self.split_column!r} together{one}"))
         elif self.splits:
             others = ", ".join(split for split in self.splits if split != self.split)
@@ -115,7 +115,7 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def listed(names: Sequence[str], most: int = 20) -> str:
+def join_names(names: Sequence[str], most: int = 20) -> str:
     """Return names for a message; if there are many, only the first."""
     more = f", ... ({len(names):,} in all)" if len(names) > most else ""
     return ", ".join(printable(name) for name in names[:most]) + more

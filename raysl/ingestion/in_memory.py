@@ -78,7 +78,7 @@ def of_stack(stack: Any, given: Any) -> tuple[str, Iterator[pa.Table]]:
         images = stack[:, None] if tensor else stack[..., None]
     if 0 not in shape[:1] and not are_images(images):
         raise no_images(stack, "The source is")
-    classes = None if given is None else listed(given, len(stack), name)
+    classes = None if given is None else label_list(given, len(stack), name)
     return name, _of_stack(images, classes, name)
 
 
@@ -103,7 +103,7 @@ def of_items(source: Any, name: str, given: Any, with_labels: bool) -> Iterator[
         given: a label for each item; None if items hold them.
         with_labels: False leaves the labels out.
     """
-    classes = None if given is None else listed(given, len(source), name)
+    classes = None if given is None else label_list(given, len(source), name)
     if classes is not None and item(source, 0, name).has_label:
         raise labelled_twice(name)
     return _of_items(source, name, classes, with_labels)
@@ -148,7 +148,7 @@ def table(
     return pa.table(columns, metadata={"huggingface": json.dumps(about)} if names else None)
 
 
-def listed(given: Any, count: int, name: str) -> list[Any]:
+def label_list(given: Any, count: int, name: str) -> list[Any]:
     """Return the labels of `count` images as a list."""
     values = given.tolist() if hasattr(given, "tolist") else given
     try:
@@ -164,7 +164,7 @@ def names_of(source: Any, label: Any) -> list[str]:
     """Return the names of the classes of a data set, or of the one that it is a part of; empty if it has none, or its
     first label is no number.
     """
-    if not isinstance(_plain(label), int):
+    if not isinstance(_plain_label(label), int):
         return []
     while not hasattr(source, "classes") and hasattr(source, "dataset"):
         source = source.dataset
@@ -176,12 +176,12 @@ def names_of(source: Any, label: Any) -> list[str]:
     )
 
 
-def _plain(label: Any) -> Any:
+def _plain_label(label: Any) -> Any:
     return label.tolist() if isinstance(label, np.generic) or is_pixels(label) else label
 
 
 def _number(label: Any, number: int, name: str) -> int | None:
-    label = _plain(label)
+    label = _plain_label(label)
     try:
         return None if label is None else operator.index(label)
     except TypeError:

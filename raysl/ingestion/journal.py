@@ -22,7 +22,7 @@ from raysl.errors import UserError
 from raysl.ingestion.images import Treated, settings
 from raysl.ingestion.objects import FOLDER as OBJECTS
 from raysl.ingestion.shard import Written
-from raysl.ingestion.sources import Place, Unit
+from raysl.ingestion.sources import SourceLocation, Unit
 from raysl.storage import Folder
 from raysl.storage.lock import is_lock
 from raysl.storage.records import read_record, write_record
@@ -173,9 +173,9 @@ def _entries(dest: Folder) -> list[str]:
         ) from error
 
 
-def check_apart(dest: Folder, place: Place) -> None:
+def refuse_dest_inside_source(dest: Folder, location: SourceLocation) -> None:
     """Raise UserError if a destination lies inside of its source, also by a link."""
-    source = Folder(place.uri)
+    source = Folder(location.uri)
     if not dest.is_local or not source.is_local or not source.exists():
         return
     if Path(os.path.realpath(str(dest))).is_relative_to(os.path.realpath(str(source))):

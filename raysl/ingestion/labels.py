@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from raysl.errors import UserError
-from raysl.ingestion.found import Found, listed, printable
+from raysl.ingestion.found import Found, join_names, printable
 from raysl.ingestion.pixel_files import is_pixels
 
 # Columns that are taken for the label, the first that is there.
@@ -40,14 +40,14 @@ class NoClassesError(Exception):
     """A column does not hold one class for each image. The message completes the sentence "The column ..."."""
 
 
-def find(names: Sequence[str], wanted: str, place: str) -> str:
+def find(names: Sequence[str], wanted: str, path: str) -> str:
     """Return the column of labels: the one that the user named, or one with a known name; "" if there is none.
 
     Raises UserError, which names the place, if the named column does not exist.
     """
     if wanted and wanted not in names:
-        missing = f"{place} has no column {wanted!r}, which --label-column names"
-        raise UserError(f"{missing}. Its columns are {listed(names)}.")
+        missing = f"{path} has no column {wanted!r}, which --label-column names"
+        raise UserError(f"{missing}. Its columns are {join_names(names)}.")
     if wanted:
         return wanted
     lower = {name.lower(): name for name in reversed(names)}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from raysl.errors import UserError
 from raysl.ingestion import labels
-from raysl.ingestion.found import LeftOut, listed, printable
+from raysl.ingestion.found import LeftOut, join_names, printable
 from raysl.ingestion.listing import HEAD_BYTES, HIDDEN, IMAGE, LABEL_TABLES, OTHER, VIDEO, is_hidden, kind_of
 from raysl.ingestion.sources import ReadConfig
 from raysl.stream.formats import looks_like_image
@@ -110,7 +110,7 @@ class Listing:
             return "holds no JSON object with named fields"
         column = wanted if wanted in value else labels.find(list(value), "", name)
         if not column:
-            return f"has no label, its fields are {listed(list(value))} (--label-column)"
+            return f"has no label, its fields are {join_names(list(value))} (--label-column)"
         self.classes[stem] = labels.as_class(value[column])
         return ""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from raysl.ingestion import labels
-from raysl.ingestion.found import listed, printable
+from raysl.ingestion.found import join_names, printable
 from raysl.ingestion.layout import BESIDE_CLASSES, Layout
 from raysl.ingestion.listing import LABEL_TABLES, Survey, join
 from raysl.ingestion.tables import file_column, normal, read_table
@@ -46,9 +46,12 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
     if is_tiny and not column:
         why = f"{printable(path)} has one column; its lines must be the name of a file, a tab and its class"
     elif not column:
-        why = f"no column of {printable(path)} is named like a label; its columns are {listed(names)} (--label-column)"
+        known = join_names(names)
+        why = (
+            f"no column of {printable(path)} is named like a label; its columns are {known} (--label-column)"
+        )
     elif not files_in:
-        why = f"{printable(path)} has no column file_name; its columns are {listed(names)}"
+        why = f"{printable(path)} has no column file_name; its columns are {join_names(names)}"
     else:
         there = table.column(files_in).to_pylist()
         files = [join(folder, prefix + normal(str(file))) if file else "" for file in there]

@@ -24,7 +24,7 @@ from raysl.errors import UserError, counted, explained
 from raysl.ingestion import in_memory, png, tables
 from raysl.ingestion.found import names_checked, printable
 from raysl.ingestion.pixel_files import is_pixels
-from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
+from raysl.ingestion.sources import Opened, ReadConfig, SourceLocation, open_source
 from raysl.storage import Folder
 
 _log = logging.getLogger("raysl.ingestion")
@@ -38,14 +38,14 @@ _FILES = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 @dataclass
-class Rows:
+class ObjectRows:
     """The rows of an object, not yet read."""
 
     name: str  # names the object for the user, as "a list of 12 files"
     tables: Iterable[pa.Table]  # the rows, some at a time; equal for equal objects
 
     @staticmethod
-    def of(source: Any, given: Any, config: ReadConfig) -> Rows:
+    def of(source: Any, given: Any, config: ReadConfig) -> ObjectRows:
         """Return the rows of an object.
 
         Args:
@@ -90,8 +90,8 @@ class Rows:
                     writer.close()
             if writer is None:
                 raise UserError(f"The source, {self.name}, is empty. Give at least one image.")
-            place = Place(str(dest / FOLDER / _FILE), config=replace(config, follow_links=True))
-            return open_source(replace(place, called=self.name, state=state.digest.hexdigest()))
+            location = SourceLocation(str(dest / FOLDER / _FILE), config=replace(config, follow_links=True))
+            return open_source(replace(location, called=self.name, state=state.digest.hexdigest()))
         except UserError:
             dest.delete(FOLDER)
             raise
@@ -132,7 +132,7 @@ def _is_with_labels(source: Any) -> bool:
     return is_list and source[0].ndim > 2
 
 
-def _of_table(source: Any, kind: str, config: ReadConfig) -> Rows | None:
+def _of_table(source: Any, kind: str, config: ReadConfig) -> ObjectRows | None:
     """Return the rows of an object with columns; None for any other."""
     if hasattr(source, "with_format") and hasattr(source, "features"):
         batches = source.with_format("arrow").iter(_BATCH_ROWS)
@@ -140,17 +140,17 @@ def _of_table(source: Any, kind: str, config: ReadConfig) -> Rows | None:
             about = source.features.arrow_schema.metadata
             batches = (batch.replace_schema_metadata(about) for batch in batches)
         count = f" of {counted(len(source), 'row')}" if hasattr(source, "__len__") else ""
-        return Rows(f"{kind}{count}", batches)
+        return ObjectRows(f"{kind}{count}", batches)
     if hasattr(source, "iter_batches") and hasattr(source, "map_batches"):
         batches = source.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow")
-        return Rows(kind, map(_encoded, batches))
+        return ObjectRows(kind, map(_encoded, batches))
     if hasattr(source, "iloc") and hasattr(source, "columns"):
         name = f"{kind} of {counted(len(source), 'row')}"
-        return Rows(name, _of_frame(source, name, config))
+        return ObjectRows(name, _of_frame(source, name, config))
     return None
 
 
-def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Rows:
+def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> ObjectRows:
     """Return the rows of an array or a sequence of images or of files."""
     if isinstance(source, Mapping):
         key = next(iter(source), "")
@@ -160,7 +160,7 @@ def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Rows:
     elif isinstance(source, np.ndarray) and source.dtype.kind in "OUS":
         source = source.tolist()
     if is_pixels(source):
-        return Rows(*in_memory.of_stack(source, given))
+        return ObjectRows(*in_memory.of_stack(source, given))
     is_sequence = (
         hasattr(source, "__getitem__") and isinstance(source, Sized) and not isinstance(source, type)
     )
@@ -177,14 +177,14 @@ def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Rows:
         if given is not None:
             if (twice := next((i for i, one in enumerate(items) if one.has_label), None)) is not None:
                 raise in_memory.labelled_twice(name, twice)
-            told = in_memory.listed(given, count, "the files")
+            told = in_memory.label_list(given, count, "the files")
             items = [one._replace(label=label) for one, label in zip(items, told, strict=True)]
         if config.labels == "none":
             items = [one._replace(label=None) for one in items]
         classes = in_memory.names_of(source, items[0].label) if items else []
-        return Rows(name, _of_files(items, name, classes))
+        return ObjectRows(name, _of_files(items, name, classes))
     name = f"a list of {counted(count, 'image')}" if is_list else f"{kind} of {counted(count, 'item')}"
-    return Rows(name, in_memory.of_items(source, name, given, config.labels != "none"))
+    return ObjectRows(name, in_memory.of_items(source, name, given, config.labels != "none"))
 
 
 def _of_frame(frame: Any, name: str, config: ReadConfig) -> Iterator[pa.Table]:

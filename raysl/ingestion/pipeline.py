@@ -28,10 +28,18 @@ from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError, counted
 from raysl.fields import Bounds
 from raysl.ingestion import images, objects, shard, tasks
-from raysl.ingestion.found import listed as joined
-from raysl.ingestion.found import names_checked, printable, unreadable
-from raysl.ingestion.journal import Header, Journal, Listed, check_apart, finished
-from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
+from raysl.ingestion.found import join_names, names_checked, printable, unreadable
+from raysl.ingestion.journal import Header, Journal, Listed, finished, refuse_dest_inside_source
+from raysl.ingestion.sources import (
+    Opened,
+    ReadConfig,
+    Source,
+    SourceLocation,
+    UnitSize,
+    open_source,
+    read,
+    recognised,
+)
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.storage.records import signed_line
@@ -64,9 +72,9 @@ class IngestConfig(ReadConfig):
     cpus_per_task: Annotated[float, Bounds(above=0, high=10**5)] = 1.0
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
 
-    def place(self, source: str) -> Place:
+    def location(self, source: str) -> SourceLocation:
         """Return the place of a source, to be read as configured."""
-        return Place.parse(source, self.split, self.reading)
+        return SourceLocation.parse(source, self.split, self.reading)
 
     @property
     def reading(self) -> ReadConfig:
@@ -98,7 +106,7 @@ def ingest(
     config = config or IngestConfig()
     folder = Folder(dest)
     if isinstance(source, str | os.PathLike):
-        source = open_source(config.place(os.fspath(source)))
+        source = open_source(config.location(os.fspath(source)))
     if isinstance(source, Opened):
         if labels is not None:
             raise UserError(
@@ -106,10 +114,10 @@ def ingest(
             )
         if (done := complete(source, dest, config)) is not None:
             return done
-        check_apart(folder, source.place)
+        refuse_dest_inside_source(folder, source.location)
         rows = None
     else:
-        rows = objects.Rows.of(source, labels, config.reading)
+        rows = objects.ObjectRows.of(source, labels, config.reading)
         finished(folder, rows.name, config.decoding)  # It refuses another source before images are encoded.
     is_new = not folder.exists()
     try:
@@ -128,7 +136,7 @@ def complete(opened: Opened, dest: str, config: IngestConfig) -> DataSet | None:
     """Return the data set of a source, and say so, if an earlier ingest has completed it."""
     name = opened.source.name
     done = finished(Folder(dest), name, config.decoding)
-    if done is not None and opened.place.called:
+    if done is not None and opened.location.called:
         is_same = done.manifest.stamp == opened.source.stamp()
         Folder(dest).delete(objects.FOLDER)
         if not is_same:
@@ -138,7 +146,7 @@ def complete(opened: Opened, dest: str, config: IngestConfig) -> DataSet | None:
             )
     if done is not None:
         what = f"{counted(done.num_images, 'clip' if done.manifest.clips else 'image')} of {name}"
-        if opened.place.called or done.manifest.stamp in ("", opened.source.stamp()):
+        if opened.location.called or done.manifest.stamp in ("", opened.source.stamp()):
             _log.info("%s is complete: %s. Delete it to ingest the source again.", done.folder, what)
         else:
             changed = (
@@ -334,7 +342,7 @@ def _in_classes(classes: Sequence[str], labels: Sequence[NDArray[np.int64]]) -> 
     counts = np.bincount(np.concatenate(labels), minlength=len(classes))
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     verb = "has" if len(empty) == 1 else "have"
-    without = f", of which {len(empty):,} {verb} no image ({joined(empty, 6)})," if empty else ""
+    without = f", of which {len(empty):,} {verb} no image ({join_names(empty, 6)})," if empty else ""
     return f" in {counted(len(classes), 'class')}{without}"
 
 

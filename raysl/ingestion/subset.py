@@ -58,7 +58,7 @@ def relabelled(
     digest.update(chosen_k.tobytes())
     digest.update(b"" if labels_k is None else labels_k.tobytes())
     fingerprint = digest.hexdigest()
-    if DataSet.is_one(str(folder)):
+    if DataSet.exists_at(str(folder)):
         there = DataSet.open(str(folder))
         if there.manifest.fingerprint != fingerprint:
             other = f"{str(folder)!r}, {there.manifest.source}"

@@ -147,10 +147,10 @@ def without_views(schema: pa.Schema) -> pa.Schema:
     return pa.schema(fields, schema.metadata)
 
 
-def _check_names(names: list[str], place: str) -> None:
+def _check_names(names: list[str], path: str) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"The table {printable(place)!r} has several columns called {twice[0]!r}. Rename them, so that each has a "
+            f"The table {printable(path)!r} has several columns called {twice[0]!r}. Rename them, so that each has a "
             "name of its own."
         )
 
@@ -259,7 +259,7 @@ def _arrow(stream: Any) -> Table:
     return _in_memory(list(reader), reader.schema)
 
 
-def _parquet(stream: Any, place: str) -> Table:
+def _parquet(stream: Any, path: str) -> Table:
     file = pq.ParquetFile(stream, page_checksum_verification=True)
     groups = []
     for number in range(file.metadata.num_row_groups):
@@ -267,7 +267,7 @@ def _parquet(stream: Any, place: str) -> Table:
         packed = max(sum(group.column(i).total_compressed_size for i in range(group.num_columns)), 1)
         if group.total_byte_size > min(_MOST_GROUP_BYTES, _MOST_RATIO * packed + (1 << 28)):
             raise UserError(
-                f"The Parquet file {printable(place)!r} unpacks {packed:,} bytes to {group.total_byte_size:,} in one "
+                f"The Parquet file {printable(path)!r} unpacks {packed:,} bytes to {group.total_byte_size:,} in one "
                 "row group, which may not fit into memory. Write it again with smaller row groups."
             )
         groups.append((group.num_rows, group.total_byte_size))

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from raysl.dataset import MANIFEST, SHARDS
-from raysl.ingestion.found import listed, printable
+from raysl.ingestion.found import join_names, printable
 from raysl.ingestion.listing import NOTES, Survey, join, kind_of, read_bytes
 from raysl.storage import StorageError
 
@@ -66,7 +66,9 @@ def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
         if NOTES in survey.folders.get("", ()) and (made := _made_by_raysl(uri)):
             return made
         if not survey.images() and (inside := _data_sets(uri, survey)):
-            return f"holds no images but several data sets of raysl; give one of them: {listed(inside, 5)}"
+            return (
+                f"holds no images but several data sets of raysl; give one of them: {join_names(inside, 5)}"
+            )
         if log := next((log for log in _LOGS if any(log in at.split("/") for at in survey.folders)), ""):
             return f"holds {log}/, so it is {_LOGS[log]} {_AS_FOLDER}"
         path = next((path for path in survey.examples.values() if _suffix(path) in _FORMS), "")

@@ -19,7 +19,7 @@ from raysl import console, extraction
 from raysl.errors import UserError
 from raysl.evaluation.results import check_writable
 from raysl.fields import Bounds, CheckedTop
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.model_export import formats
 from raysl.model_export.card import model_card
 from raysl.run import Run
@@ -63,7 +63,7 @@ def export(run: Run, config: ExportConfig) -> Folder:
     assert isinstance(source, extraction.Trained)
     out = Folder(config.out) if config.out else run.folder / f"export/{form}"
     check_writable(out, "export")
-    images = resolve(config.bn_images) if config.bn_images else None
+    images = open_or_ingest(config.bn_images) if config.bn_images else None
     with console.working("Writing the weights ..."):
         side, step = pretraining.view.image_size, source.checkpoint.step
         backbone = (extraction.Reestimated(source, images, side) if images else source).network().eval()

@@ -16,7 +16,7 @@ from raysl.errors import counted
 from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.model_export.formats import is_torchvision, is_usual_inside, timm_name, timm_options
 from raysl.run import Run
-from raysl.storage.plain_names import code_block, code_span, markdown
+from raysl.storage.escaping import code_block, code_span, markdown
 from raysl.stream.decode import evaluation_side
 from raysl.stream.plan import num_steps
 

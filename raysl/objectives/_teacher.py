@@ -72,7 +72,7 @@ def load(run: str, step: int = 0) -> Teacher:
         config = metadata["config"]
         backbone = BackboneConfig(**config["backbone"])
         places = plugins.check_trusted(backbone.modules(), run, metadata.get("sources", {}))
-        backbone = replace(backbone, name=plugins.moved(backbone.name, places))
+        backbone = replace(backbone, name=plugins.with_current_path(backbone.name, places))
         method, encoder = str(config["method"]), networks.build(backbone)
     found = _checkpoint(run, folder / "checkpoints", step)
     state = found.network(found.state())

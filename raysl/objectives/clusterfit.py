@@ -17,7 +17,6 @@ cluster ids in memory: 8 bytes per image, 10 MB for ImageNet.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +30,11 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode
 from raysl.communication.device_copy import to_device
-from raysl.errors import Unset, UserError, explained
+from raysl.errors import MissingValueError, UserError, explained
 from raysl.fields import Checked
 from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.storage import Folder, filesystem
-from raysl.storage.records import is_damaged
+from raysl.storage.records import is_damaged, short_hash
 
 # One command extracts the features, clusters them and trains the network.
 COMMAND = "raysl clusterfit --teacher TEACHER --k 1000 --data DATA --run RUN"
@@ -108,12 +107,12 @@ class Assignments:
             fingerprint: fingerprint of the data set; empty when it is not known.
 
         Raises:
-            Unset: no table is given.
+            MissingValueError: no table is given.
             UserError: the table cannot be read, lacks a column, belongs to another data set, or does not contain every
                 index of 0 .. N - 1 once; or the clusters are not in 0 .. K - 1; or there are fewer than two.
         """
         if not uri:
-            raise Unset(
+            raise MissingValueError(
                 "The objective 'clusterfit' needs a table of cluster ids. Give the Parquet file with "
                 "--clusterfit.labels: its columns are index and cluster."
             )
@@ -133,14 +132,14 @@ class Assignments:
                 f"and K = {num_clusters}. There must be at least two clusters, numbered 0 to K - 1. Write the table "
                 "again."
             )
-        digest = hashlib.blake2b(clusters_n.tobytes(), digest_size=8).hexdigest()
+        digest = short_hash(clusters_n.tobytes())
         metadata = {"labels": named, "num_clusters": num_clusters, "labels_digest": digest}
         return Assignments(clusters_n, num_clusters, metadata)
 
 
 def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
     """Read the two columns and the metadata of a table."""
-    fs, path = filesystem(Folder(uri).uri, patience_s=90)
+    fs, path = filesystem(Folder(uri).uri, retry_s=90)
     what = f"The table {uri!r} (--clusterfit.labels) cannot be read"
     remedy = "Give a Parquet file, or a folder of them, with the integer columns index and cluster."
     with explained(what, remedy, OSError, pa.ArrowException):

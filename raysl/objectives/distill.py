@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup, _teacher
 
@@ -55,7 +55,7 @@ class Distill(Base):
     def __init__(self, config: Config, setup: Setup) -> None:
         super().__init__(config, setup)
         if not config.teacher:
-            raise Unset(
+            raise MissingValueError(
                 "The objective 'distill' needs a teacher: give the folder of a trained run with --distill.teacher."
             )
         self.views = {"image": setup.pretext or setup.identity}

@@ -7,7 +7,6 @@ greedily add the permutation whose Hamming distance to the chosen permutations i
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from raysl.errors import UserError
 from raysl.rng import generator
+from raysl.storage.records import short_hash
 
 Criterion = Literal["max_min", "max_avg", "random"]
 Permutations = NDArray[np.uint8]
@@ -118,7 +118,7 @@ def _greedy(candidates: Permutations, count: int, criterion: Criterion, first: i
 def _described(order_kp: Permutations) -> PermutationSet:
     order_kp = np.ascontiguousarray(order_kp)
     order_kp.setflags(write=False)
-    digest = hashlib.blake2b(order_kp.tobytes(), digest_size=8).hexdigest()
+    digest = short_hash(order_kp.tobytes())
     return PermutationSet(order_kp, _min_hamming(order_kp), _mean_hamming(order_kp), digest)
 
 

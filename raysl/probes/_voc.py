@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from raysl.errors import Unset, UserError, explained, unknown
+from raysl.errors import MissingValueError, UserError, explained, unknown
 from raysl.fields import flag, prefix
 from raysl.probes import Settings, field_values
 from raysl.storage import Folder
@@ -68,9 +68,9 @@ class VocSettings(Settings):
         return {**field_values(self), "data": found}
 
     def check_given(self, wanted: str) -> None:
-        """Raise Unset, with the images that the probe needs in words, if no folder is given."""
+        """Raise MissingValueError, with the images that the probe needs in words, if no folder is given."""
         if not self.data:
-            raise Unset(
+            raise MissingValueError(
                 f"The probe {self._flag[2:-5]} needs {wanted}. Give {self._flag} FOLDER, a folder in the layout of "
                 f"PASCAL VOC, with {IMAGES}, {ANNOTATIONS} and {SPLITS}."
             )

@@ -33,13 +33,13 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from raysl import rng
 from raysl.dataset import DataSet
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, _poses, field_values
 from raysl.probes._images import batches, check_finite, held_out, load_maps, sample
 from raysl.probes._poses import Figure, Figures
 from raysl.probes._ridge import Moments, Readout, fit
-from raysl.probes._task import InTask
+from raysl.probes._task import RayTaskProbe
 from raysl.ray_cluster.gpus import device
 from raysl.storage import Folder
 
@@ -93,7 +93,7 @@ class Config(Settings):
         return {**field_values(self), **held, "images": ""}
 
 
-class Keypoints(InTask[Config]):
+class Keypoints(RayTaskProbe[Config]):
     """PCK at each threshold, the first of which is the primary metric, and their mean distance."""
 
     def __init__(self, config: Config) -> None:
@@ -106,7 +106,7 @@ class Keypoints(InTask[Config]):
         if self.config.train:
             return
         if not train.manifest.clips.get("keypoints"):
-            raise Unset(
+            raise MissingValueError(
                 "The probe keypoints needs images with key points, and --train has none. Give --keypoints.train FILE, "
                 "annotations of COCO, MPII or DeepLabCut, or clips that have key points, such as --train clips:500 "
                 "--test clips:200#test."

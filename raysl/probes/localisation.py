@@ -27,14 +27,14 @@ from torch.nn.functional import interpolate
 from raysl.backbone import norm
 from raysl.dataset import DataSet
 from raysl.dataset.clips import Clips
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.extraction import Trained
 from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds
 from raysl.pretext._sound import spectrogram
 from raysl.probes import REESTIMATED, Row, Settings, Subject
 from raysl.probes._images import cell_offset, mixed, spaced
-from raysl.probes._task import InTask
+from raysl.probes._task import RayTaskProbe
 from raysl.ray_cluster.gpus import device
 from raysl.stream import decode
 
@@ -66,7 +66,7 @@ class Moments:
     boxes_b24: NDArray[np.float64]
 
 
-class Localisation(InTask[Config]):
+class Localisation(RayTaskProbe[Config]):
     """Share of frames in which the peak of the map lies in the box of the sounding object, the primary metric."""
 
     primary_metric = "peak_in_box"
@@ -76,7 +76,7 @@ class Localisation(InTask[Config]):
         """Raise UserError if the clips do not say what sounds."""
         for data in (train, test):
             if "sounding" not in data.manifest.clips.get("columns", []):
-                raise Unset(
+                raise MissingValueError(
                     f"The probe localisation needs clips that say which object sounds, and {data.name!r} does "
                     "not. Give --train clips:1000#train --test clips:200#test."
                 )

@@ -32,13 +32,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from raysl.dataset import DataSet
-from raysl.errors import Unset, UserError, explained
+from raysl.errors import MissingValueError, UserError, explained
 from raysl.extraction import EncodeMaps
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, field_values
 from raysl.probes._images import batches, check_finite, held_out, load_maps, sample
 from raysl.probes._ridge import Moments, Readout, fit
-from raysl.probes._task import InTask
+from raysl.probes._task import RayTaskProbe
 from raysl.ray_cluster import gpus
 from raysl.storage import Folder
 from raysl.stream import decode
@@ -78,7 +78,7 @@ class Config(Settings):
         return {**field_values(self), "data": found}
 
 
-class Normals(InTask[Config]):
+class Normals(RayTaskProbe[Config]):
     """Shares of pixels within 11.25 (the primary metric), 22.5 and 30 degrees, and the mean and median angle."""
 
     primary_metric = "within/11.25"
@@ -92,7 +92,7 @@ class Normals(InTask[Config]):
         if self.config.data:
             return
         if not all(NORMALS in one.manifest.clips.get("columns", []) for one in (train, test)):
-            raise Unset(
+            raise MissingValueError(
                 "The probe normals needs images with maps of surface normals, and --train or --test has none. Give "
                 "--normals.data FOLDER, a folder with train/images, train/normals, test/images and test/normals, or "
                 "clips that have normals, such as --train clips:500 --test clips:200#test."

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from raysl import rng
 from raysl.dataset import DataSet
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, check_features, common_labels
 from raysl.probes._images import BATCH, each_clip, features, load, sample, seen_points, spaced
-from raysl.probes._task import InTask
+from raysl.probes._task import RayTaskProbe
 from raysl.probes.retrieval import nearest
 from raysl.stream import decode
 
@@ -69,7 +69,7 @@ class Pieces:
     points_nk2: NDArray[np.float32] | None = None
 
 
-class Patches(InTask[Config]):
+class Patches(RayTaskProbe[Config]):
     """Precision at each k, the first of which is the primary metric, and distances of places or poses."""
 
     def __init__(self, config: Config) -> None:
@@ -80,7 +80,7 @@ class Patches(InTask[Config]):
         """Raise UserError if frames of images are asked for, there are no labels, or there is only one image."""
         common_labels(train, test)
         if self.config.of == "frames" and not (train.manifest.clips and test.manifest.clips):
-            raise Unset(
+            raise MissingValueError(
                 "--patches.of frames needs clips, and the data are images. Give clips, or --patches.of patches."
             )
         if train.num_images < 2:

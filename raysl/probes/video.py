@@ -20,11 +20,11 @@ from torch import Tensor
 
 from raysl import extraction
 from raysl.dataset import DataSet
-from raysl.errors import Unset, explained
+from raysl.errors import MissingValueError, explained
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, Subject, common_labels
 from raysl.probes._images import each_clip, features, load, sample, spaced
-from raysl.probes._task import InTask
+from raysl.probes._task import RayTaskProbe
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.stream import decode
@@ -46,7 +46,7 @@ class Config(Settings):
     linear: LinearConfig = field(default_factory=LinearConfig)
 
 
-class Video(InTask[Config]):
+class Video(RayTaskProbe[Config]):
     """Top-1, the primary metric, of the classes of clips, and the other accuracies of the probe `linear`."""
 
     primary_metric = "top1"
@@ -56,7 +56,7 @@ class Video(InTask[Config]):
         """Raise UserError if the data are no clips."""
         for data in (train, test):
             if not data.manifest.clips:
-                raise Unset(
+                raise MissingValueError(
                     f"The probe video needs clips, and {data.name!r} has images. Give clips for --train and "
                     "--test, such as clips:500 and clips:200#test; the probe linear classifies images."
                 )

@@ -177,8 +177,8 @@ def _runtime_env() -> dict[str, Any]:
     variables = {
         name: os.environ[name] for name in _ENVIRONMENT if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))
     }
-    if plugins.TRUSTED in os.environ:
-        variables[plugins.TRUSTED] = os.environ[plugins.TRUSTED]
+    if plugins.TRUSTED_VARIABLE in os.environ:
+        variables[plugins.TRUSTED_VARIABLE] = os.environ[plugins.TRUSTED_VARIABLE]
     return {
         "env_vars": {**variables, versions.WANTED: json.dumps(versions.versions())},
         "worker_process_setup_hook": "raysl.ray_cluster.versions.check",

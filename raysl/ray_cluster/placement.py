@@ -26,7 +26,7 @@ class Machines:
 
     now: tuple[Node, ...]  # {"CPU": n, "GPU": n, "memory": bytes} of each running machine
     later: tuple[Node, ...] = ()  # machines that the autoscaler can start, in the order of its preference
-    room: int = 0  # largest number of them at a time
+    max_new_machines: int = 0  # largest number of them at a time
 
     @property
     def has_gpus(self) -> bool:
@@ -35,12 +35,14 @@ class Machines:
 
     def for_trainers(self) -> tuple[Node, ...]:
         """Return the machines that can be started for trainers: with GPUs, if there are any."""
-        return tuple(node for node in self.later if node.get("GPU") or not self.has_gpus)[: self.room]
+        return tuple(node for node in self.later if node.get("GPU") or not self.has_gpus)[
+            : self.max_new_machines
+        ]
 
     @property
     def for_work(self) -> tuple[Node, ...]:
         """The running machines; if none of them takes work, also one that can be started, without a GPU if possible."""
-        if self.later and self.room and not any(node.get("CPU", 0) for node in self.now):
+        if self.later and self.max_new_machines and not any(node.get("CPU", 0) for node in self.now):
             return (*self.now, min(self.later, key=lambda node: node.get("GPU", 0)))
         return self.now
 
@@ -87,7 +89,7 @@ class Placement:
         resources = {"CPU": self.cpus_per_worker}
         return {**resources, "GPU": self.gpus_per_worker} if self.gpus_per_worker else resources
 
-    def busy(self, workers: int) -> str:
+    def waiting_message(self, workers: int) -> str:
         """Return a sentence about the resources that `workers` trainers must wait for; "" if they can start now."""
         import ray
 
@@ -108,7 +110,7 @@ class Placement:
         return ""
 
 
-def place(workers: int, found: Machines | None = None, gpus_per_worker: float = 1) -> Placement:
+def make_placement(workers: int, found: Machines | None = None, gpus_per_worker: float = 1) -> Placement:
     """Divide the cluster among `workers` trainers and their data tasks.
 
     Each trainer gets a slot of CPUs on one machine and leaves a part of it to data tasks. With GPUs it takes one GPU
@@ -137,7 +139,7 @@ def place(workers: int, found: Machines | None = None, gpus_per_worker: float = 
     return Placement(trainer, gpus_per_worker, share, threads, _floor(slot))
 
 
-def usual_workers(found: Machines | None = None) -> int:
+def default_workers(found: Machines | None = None) -> int:
     """Return the default number of trainers: two, or one if there is one GPU, or only one machine with few CPUs."""
     found = found or machines()
     if not found.has_gpus:

@@ -6,11 +6,11 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
-from raysl.errors import UserError, install
+from raysl.errors import UserError, install_hint
 from raysl.evaluation.results import check_writable
 from raysl.reporting.page import ReportConfig
 from raysl.storage import Folder
-from raysl.storage.plain_names import file_name
+from raysl.storage.escaping import file_name
 from raysl.tuning.journal import NAME as JOURNAL
 
 __all__ = ["ReportConfig", "check_installed", "report"]
@@ -20,7 +20,9 @@ def check_installed() -> None:
     """Raise UserError if a package that reports need is missing."""
     missing = [name for name in ("matplotlib", "jinja2", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"A report needs {' and '.join(missing)}, not installed here. {install('report')}")
+        raise UserError(
+            f"A report needs {' and '.join(missing)}, not installed here. {install_hint('report')}"
+        )
 
 
 def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
@@ -36,8 +38,8 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
     """
     check_installed()
     given = [folders] if isinstance(folders, str) else folders
-    places = list({_same(Folder(place)): place for place in given}.values())
-    sweeps = [place for place in places if Folder(place).exists(JOURNAL)]
+    places = list({_same(Folder(path)): path for path in given}.values())
+    sweeps = [path for path in places if Folder(path).exists(JOURNAL)]
     if sweeps and len(places) > 1:
         raise UserError(
             f"The folder {sweeps[0]!r} holds a sweep, but {len(places)} folders are given. Give one sweep alone, or "

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from raysl import pretext
 from raysl.backbone import network
 from raysl.config import methods
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
 
@@ -73,7 +73,7 @@ def combines(objective: str, transform: str) -> str:
         )
         with torch.device("meta"):
             objective_type(config_type(), setup)
-    except Unset:
+    except MissingValueError:
         return "yes"
     except UserError as error:
         return str(error).partition(". ")[0]

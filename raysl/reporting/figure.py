@@ -20,7 +20,7 @@ _TITLE_WIDTH = 40  # characters that fit above one of three panels
 class Figure:
     """A picture and its description."""
 
-    name: str  # name of its file without the ending; `raysl.storage.plain_names.file_name` makes it safe
+    name: str  # name of its file without the ending; `raysl.storage.escaping.file_name` makes it safe
     title: str  # heading above the picture
     text: str  # description of what it shows, with the numbers
     png: bytes  # the picture

@@ -14,7 +14,7 @@ from raysl import pretext
 from raysl.augment import recipe
 from raysl.config import Pretraining, ViewConfig, methods
 from raysl.dataset import DataSet
-from raysl.errors import Unset
+from raysl.errors import MissingValueError
 from raysl.model import DatasetInfo, Model
 from raysl.reporting import combinations, pictures, protocols
 from raysl.reporting.protocols import cell, hyperparameters
@@ -134,7 +134,7 @@ def _views(method: str) -> dict[str, View]:
     config = Pretraining("", "", method, view=_VIEW, backbone=backbone)
     try:
         return Model(config, DatasetInfo(_NUM_IMAGES, _NUM_CLASSES)).views()
-    except Unset:
+    except MissingValueError:
         geometry = pretext.Geometry(_VIEW.image_size, _VIEW.min_scale)
         return {"image": View(pretext.build("identity", {}, geometry), recipe(_VIEW.recipe))}
 

@@ -14,7 +14,7 @@ from raysl.extraction import Encoder, FeatureProtocol
 from raysl.probes.retrieval import nearest
 from raysl.reporting import pictures
 from raysl.storage import Folder
-from raysl.storage.plain_names import file_name
+from raysl.storage.escaping import file_name
 
 # Folder of the grids, in the folder of a run.
 GRIDS = "probes/retrieval"

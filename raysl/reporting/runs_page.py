@@ -11,14 +11,14 @@ import numpy as np
 
 from raysl.config.command import wrapped
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.evaluation.results import verdicts
 from raysl.reporting import pictures, retrieval_grid, run_figures
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows, newest_rows
 from raysl.reporting.tables import Estimate, Table, tables
-from raysl.training.progress_actor import duration
+from raysl.training.progress_actor import format_duration
 
 # Names of measures whose highest value is the best; a spread such as top1_std has no best value.
 _BETTER_IF_MORE = re.compile(r"(top\d+|m?AP\d*|precision)([/@,].*)?")
@@ -93,8 +93,8 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
 def _summary(gathered: Sequence[Group], rows: Sequence[LabelledRow]) -> str:
     folders, lines = sum(len(group.runs) for group in gathered), len(gathered)
     text = (
-        f"{folders} folder{'s' * (folders != 1)} in {lines} row{'s' * (lines != 1)}; runs that differ only in seed and "
-        "folder share a row."
+        f"{counted(folders, 'folder')} in {counted(lines, 'row')}; runs that differ only in seed and folder share a "
+        "row."
     )
     bare = [group.label for group in gathered if not any(item.label == group.label for item in rows)]
     if bare:
@@ -178,7 +178,8 @@ def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
         spans = [_span(member) for member in group.runs if member.trained]
         wall_s, worker_s, images = np.sum([(0.0, 0.0, 0.0), *spans], axis=0)
         if wall_s:
-            cells = [f"{len(group.runs)}", f"{int(images):,}", duration(wall_s), f"{worker_s / 3600:.2f}"]
+            hours = f"{worker_s / 3600:.2f}"
+            cells = [f"{len(group.runs)}", f"{int(images):,}", format_duration(wall_s), hours]
             yield [group.label, *cells, f"{images / wall_s:.0f}"]
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from raysl.errors import counted
 from raysl.reporting.figure import Figure, plot_png
-from raysl.tuning.results import LABELS, SweepResults, shown
+from raysl.tuning.results import LABELS, SweepResults, format_sweep_value
 from raysl.tuning.space import Dimension
 
 _MOST_PAIRS = 6
@@ -26,14 +26,14 @@ def figures(results: SweepResults) -> Iterator[Figure]:
         return
     dimensions = results.space.dimensions
     for dimension in dimensions:
-        yield _curve(results, dimension)
+        yield _score_by_value(results, dimension)
     for one, other in list(itertools.combinations(dimensions, 2))[:_MOST_PAIRS]:
-        yield _pair(results, one, other)
+        yield _score_by_pair(results, one, other)
     if len(dimensions) > 1:
-        yield _parallel(results)
+        yield _parallel_coordinates(results)
     if results.num_rungs > 1:
-        yield _learning(results, results.base.epochs)
-        yield from _early(results)
+        yield _learning_curves(results, results.base.epochs)
+        yield from _early_vs_final(results)
 
 
 def _last(results: SweepResults, trial: int) -> int:
@@ -66,21 +66,23 @@ class _Axis:
         axes.set_xlabel(self.name)
         if self.log:
             axes.set_xscale("log")
-            _plain(axes.xaxis)
+            _plain_ticks(axes.xaxis)
         # Sampled values lie anywhere, and their labels would overlap.
         if not self.numeric or (self.listed and len(self.values) <= 8):
-            axes.set_xticks([self.place(v) for v in self.values], [shown(v) for v in self.values])
+            axes.set_xticks(
+                [self.place(v) for v in self.values], [format_sweep_value(v) for v in self.values]
+            )
             axes.minorticks_off()
 
 
-def _plain(axis: Any) -> None:
+def _plain_ticks(axis: Any) -> None:
     """Set the ticks of a logarithmic axis to 1, 2, 5, 10, ..., written as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
 
 
-def _curve(results: SweepResults, dimension: Dimension) -> Figure:
+def _score_by_value(results: SweepResults, dimension: Dimension) -> Figure:
     axis = _Axis(results, dimension)
     last = results.num_rungs - 1
     rungs = {last: "at the end"} if last == 0 else {0: "at the first rung, all trials", last: "at the end"}
@@ -115,7 +117,7 @@ def _curve(results: SweepResults, dimension: Dimension) -> Figure:
     return Figure(f"curve-{dimension.name}", dimension.name, text, plot_png(draw))
 
 
-def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
+def _score_by_pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
     """Draw a heat map of the end if both have few values, else dots for all trials at the first rung."""
     x, y = _Axis(results, one), _Axis(results, other)
     listed = x.listed and y.listed
@@ -133,8 +135,8 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
                 axes.text(i, j, f"{cells[j, i]:.3f}", ha="center", va="center", bbox=box)
         axes.grid(visible=False)
         axes.imshow(cells, origin="lower", aspect="auto", cmap="viridis")
-        axes.set_xticks(range(len(x.values)), [shown(v) for v in x.values])
-        axes.set_yticks(range(len(y.values)), [shown(v) for v in y.values])
+        axes.set_xticks(range(len(x.values)), [format_sweep_value(v) for v in x.values])
+        axes.set_yticks(range(len(y.values)), [format_sweep_value(v) for v in y.values])
 
     def dots(axes: Any) -> None:
         xs, ys = [x.place(a) for a, _, _ in points], [y.place(b) for _, b, _ in points]
@@ -143,7 +145,7 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
         x.apply_to(axes)
         if y.log:
             axes.set_yscale("log")
-            _plain(axes.yaxis)
+            _plain_ticks(axes.yaxis)
 
     def draw(axes: Any) -> None:
         (heat if listed else dots)(axes)
@@ -156,7 +158,7 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
     return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, plot_png(draw))
 
 
-def _parallel(results: SweepResults) -> Figure:
+def _parallel_coordinates(results: SweepResults) -> Figure:
     axes_of = [_Axis(results, d) for d in results.space.dimensions]
     trials = results.scored(0)
     scores = {n: results.means(n)[-1] for n in trials}
@@ -172,7 +174,7 @@ def _parallel(results: SweepResults) -> Figure:
         names = [*(axis.name for axis in axes_of), results.config.probe]
         slant: dict[str, Any] = {"rotation": 25, "ha": "right"} if len(names) > 5 else {}
         axes.set_xticks(range(len(names)), names, **slant)
-        ends = [(shown(axis.values[0]), shown(axis.values[-1])) for axis in axes_of]
+        ends = [(format_sweep_value(axis.values[0]), format_sweep_value(axis.values[-1])) for axis in axes_of]
         for i, (least, greatest) in enumerate([*ends, (f"{low:.3f}", f"{high:.3f}")]):
             axes.text(i, -0.06, least, ha="center", fontsize=8)
             axes.text(i, 1.03, greatest, ha="center", fontsize=8)
@@ -183,7 +185,7 @@ def _parallel(results: SweepResults) -> Figure:
     return Figure("parallel", "All fields together", text, plot_png(draw, 8.0))
 
 
-def _learning(results: SweepResults, epochs: float) -> Figure:
+def _learning_curves(results: SweepResults, epochs: float) -> Figure:
     at = [epochs * share for share in results.config.shares()]
 
     def draw(axes: Any) -> None:
@@ -208,7 +210,7 @@ def _learning(results: SweepResults, epochs: float) -> Figure:
     return Figure("learning", "Learning curves", text, plot_png(draw, 8.0))
 
 
-def _early(results: SweepResults) -> Iterator[Figure]:
+def _early_vs_final(results: SweepResults) -> Iterator[Figure]:
     """Yield figures of how well the first rung predicts the last: by the probe, and by the training loss."""
     scores, last = results.scores, results.num_rungs - 1
     ended = [(trial, seed) for trial, seed, rung in scores if rung == last and (trial, seed, 0) in scores]

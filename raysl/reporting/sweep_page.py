@@ -12,7 +12,7 @@ from raysl.errors import counted
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.sweep_figures import figures
-from raysl.tuning.results import SweepResults, described, doubts, number, shown
+from raysl.tuning.results import SweepResults, described, doubts, format_sweep_value, number
 
 _BODY = """<p>{{ summary }}</p>
 {% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
@@ -40,8 +40,8 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
         title=f"{results.base.method}: {', '.join(names)}",
         summary=(
             f"{counted(len(rows), 'trial')}, each with seed {' and '.join(map(str, sweep.seeds))}, "
-            f"{epochs:g} epoch{'s' * (epochs != 1)}, compared by {sweep.probe} on "
-            f"{results.judged_on.rpartition('/')[2]}; "
+            f"{epochs:g} epoch{'' if epochs == 1 else 's'}, compared by {sweep.probe} on "
+            f"{results.validation_uri.rpartition('/')[2]}; "
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
             f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(results)}"
         ),
@@ -67,7 +67,7 @@ def _selection(results: SweepResults) -> str:
     sentences = [
         "The best score is that of a choice among all trials on the same images, and so too high by chance."
     ]
-    if found := results.by_chance():
+    if found := results.expected_lead_by_chance():
         count, deviation, gap = found
         sentences.append(
             f"If all {count} finished trials were equal, the best would still be {gap:.4f} above their mean, because "
@@ -89,7 +89,7 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, Any]:
-    cells = [str(row["trial"]), *(shown(row["values"][name]) for name in names)]
+    cells = [str(row["trial"]), *(format_sweep_value(row["values"][name]) for name in names)]
     cells += [number(row["score"]), number(row["spread"]), f"{epochs * row['share']:.3g}"]
     return {"cells": cells, "why": row["reason"] or row["state"]}
 

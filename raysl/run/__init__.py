@@ -34,7 +34,7 @@ from raysl.errors import UserError, explained
 from raysl.ray_cluster.versions import versions
 from raysl.run.unchanged import check_facts, check_same, is_replaced
 from raysl.storage import Folder, failure, retry
-from raysl.storage.records import signed_line, signed_lines, verified, verified_lines, write_record
+from raysl.storage.records import as_json, signed_line, signed_lines, verified, verified_lines, write_record
 from raysl.storage.similar import similar_folder
 from raysl.stream.plan import num_steps
 
@@ -68,7 +68,7 @@ class Run:
         if run.folder.exists(run_folder.OLD_METADATA):
             raise _old_format_error(uri)
         if not run.folder.exists(METADATA):
-            if DataSet.is_one(uri):
+            if DataSet.exists_at(uri):
                 raise UserError(f"{uri!r} is a data set and no run. Give the folder of a run.")
             if run.folder.exists(run_folder.SWEEP_JOURNAL):
                 raise UserError(
@@ -91,7 +91,7 @@ class Run:
         return run if run._holds_results() else None
 
     @staticmethod
-    def check(config: Pretraining, dataset: DataSet) -> dict[str, Any] | None:
+    def resumable_metadata(config: Pretraining, dataset: DataSet) -> dict[str, Any] | None:
         """Return the metadata of the run that a configuration resumes; None if its folder holds no run.
 
         Any configuration may replace that of a run that failed before it wrote any result.
@@ -106,7 +106,7 @@ class Run:
             return None
         metadata = run.metadata()
         if run._holds_results():
-            check_same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
+            check_same(metadata, as_json(config.to_json()), dataset, config.run)
         return metadata
 
     def _holds_results(self) -> bool:
@@ -124,16 +124,17 @@ class Run:
             facts: what the parts of the method add to the metadata, such as a hash of the permutations.
 
         Raises:
-            UserError: as `check`; or files that the run depends on, such as cluster ids or a teacher, have changed.
+            UserError: as `resumable_metadata`; or files that the run depends on, such as cluster ids or a teacher, have
+                changed.
         """
-        run, metadata = Run(Folder(config.run)), Run.check(config, dataset)
-        facts = json.loads(json.dumps(facts))
+        run, metadata = Run(Folder(config.run)), Run.resumable_metadata(config, dataset)
+        facts = as_json(facts)
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
         if metadata is not None and not run._holds_results() and is_replaced(metadata, config, dataset):
             metadata = None
         if metadata is None:
             metadata = {
-                "config": json.loads(json.dumps(config.to_json())),
+                "config": as_json(config.to_json()),
                 "facts": facts,
                 "data": {
                     "uri": str(dataset.folder),
@@ -168,6 +169,7 @@ class Run:
             metadata = verified(self.folder.read_json(METADATA))
             if "trunk" in metadata["config"]:
                 raise _old_format_error(str(self.folder))
+            # Each conversion fails for a value of another kind.
             dict(metadata["config"]), list(metadata["sessions"])
             data = metadata["data"]
             str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
@@ -188,7 +190,7 @@ class Run:
 
     def newest(self) -> Checkpoint:
         """Return the newest complete checkpoint. Raises UserError when there is none yet."""
-        found = checkpoint.newest(self.checkpoints)
+        found = checkpoint.newest_checkpoint(self.checkpoints)
         if found is None:
             raise UserError(f"The run at {str(self.folder)!r} has no complete checkpoint yet.")
         return found
@@ -232,7 +234,7 @@ class Run:
 
     def _metrics_files(self) -> Iterator[tuple[str, Iterator[bytes]]]:
         """Yield the name and the complete lines of each file of metrics."""
-        for name in [METRICS] * self.folder.exists(METRICS) + self.metrics_parts():
+        for name in ([METRICS] if self.folder.exists(METRICS) else []) + self.metrics_parts():
             data = self.folder.read(name)
             yield name, map(_checked_object, verified_lines(io.BytesIO(data[: data.rfind(b"\n") + 1])))
 

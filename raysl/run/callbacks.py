@@ -71,7 +71,7 @@ class Callbacks:
         try:
             yield
         finally:
-            self.look()
+            self.report_new_checkpoints()
             self._call("on_end", run)
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -82,9 +82,9 @@ class Callbacks:
             self._step = row["step"]
             self._call("on_log", row)
         if rows:
-            self.look()
+            self.report_new_checkpoints()
 
-    def look(self) -> None:
+    def report_new_checkpoints(self) -> None:
         """Report new checkpoints."""
         if not self._members or self._run is None:
             return
@@ -93,7 +93,7 @@ class Callbacks:
                 self._saved.add(found.step)
                 self._call("on_checkpoint", found)
 
-    def probe(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def report_probe_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Report rows of probes."""
         self._call("on_probe", rows)
 

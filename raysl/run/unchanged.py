@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from raysl.config import Pretraining, differences, may_change, told, value_of
+from raysl.config import Pretraining, differences, format_value, may_change, value_of
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.storage.records import as_json
 
 _log = logging.getLogger("raysl.run")
 
@@ -43,12 +44,13 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
             f"finished, a new run starts from its weights by --backbone.weights {shlex.quote(uri)}."
         )
         each = (
-            f"{n} is {told(value_of(begun, n))} in the run and {told(value_of(wanted, n))} now"
+            f"{n} is {format_value(value_of(begun, n))} in the run and {format_value(value_of(wanted, n))} now"
             for n in changed
         )
         raise UserError(
             f"The run at {uri!r} was begun with another configuration; these differ: {'; '.join(each)}. Give the "
-            f"same values to go on with it, or another folder to --run for a new run.{longer * ('epochs' in changed)}"
+            "same values to go on with it, or another folder to --run for a new run."
+            f"{longer if 'epochs' in changed else ''}"
         )
 
 
@@ -57,9 +59,9 @@ def is_replaced(metadata: Mapping[str, Any], config: Pretraining, dataset: DataS
 
     The stored configuration is compared as it is: it may name code that exists no more.
     """
-    wanted = json.loads(json.dumps(config.to_json()))
+    wanted = as_json(config.to_json())
     changed = [name for name in differences(metadata["config"], wanted) if not may_change(name)]
-    changed += ["images"] * (metadata["data"]["fingerprint"] != dataset.manifest.fingerprint)
+    changed += ["images"] if metadata["data"]["fingerprint"] != dataset.manifest.fingerprint else []
     if changed:
         _log.info(
             "The run at %s had failed before it wrote any result. It begins anew with other values of %s.",
@@ -75,7 +77,7 @@ def images_kept(metadata: Mapping[str, Any]) -> str:
     """
     data = metadata["data"]
     with suppress(UserError):
-        if DataSet.is_one(data["uri"]) and (
+        if DataSet.exists_at(data["uri"]) and (
             DataSet.open(data["uri"]).manifest.fingerprint == data["fingerprint"]
         ):
             return (
@@ -96,7 +98,7 @@ def check_facts(begun: Mapping[str, Any], now: Mapping[str, Any], uri: str) -> N
     """
     found = {name: (value_of(begun, name), value_of(now, name)) for name in differences(begun, now)}
     changed = [
-        f"{name} was {told(old)} and is {told(new)} now"
+        f"{name} was {format_value(old)} and is {format_value(new)} now"
         for name, (old, new) in found.items()
         if old is not None
         and new is not None
@@ -105,7 +107,9 @@ def check_facts(begun: Mapping[str, Any], now: Mapping[str, Any], uri: str) -> N
     ]
     if changed:
         # While a teacher trains, its newest checkpoint changes.
-        fixed = " with --distill.step, which names a checkpoint of the teacher" * ("teacher.step" in found)
+        fixed = (
+            " with --distill.step, which names a checkpoint of the teacher" if "teacher.step" in found else ""
+        )
         raise UserError(
             f"Files that the run at {uri!r} learns from have changed since it began: {'; '.join(changed)}. Restore "
             f"them, or give another folder to --run for a new run{fixed}."

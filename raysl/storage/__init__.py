@@ -25,15 +25,15 @@ from typing import IO, Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 from raysl.errors import UserError, explained
-from raysl.storage.causes import as_os_error, may_pass, reason
+from raysl.storage.causes import as_os_error, is_transient, reason
 from raysl.storage.remote_file import RemoteFile
 
 _log = logging.getLogger("raysl.storage")
 T = TypeVar("T")
 
 # How long a failing request is repeated, in seconds; the environment variable replaces the default.
-PATIENCE_VARIABLE = "RAYSL_STORAGE_RETRY_S"
-_PATIENCE_S = 90.0
+RETRY_VARIABLE = "RAYSL_STORAGE_RETRY_S"
+_RETRY_S = 90.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 # How long to wait for a missing file to appear again, while its file system answers.
 _ABSENT_S = 2.0
@@ -51,7 +51,7 @@ class StorageError(UserError):
     """A file cannot be read or written, after all retries."""
 
 
-def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[[], bool] | None = None) -> T:
+def retry(path: str, doing: str, action: Callable[[], T], *, is_gone: Callable[[], bool] | None = None) -> T:
     """Return `action()`, repeated while it fails for a reason that may pass.
 
     Args:
@@ -63,60 +63,60 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
         FileNotFoundError: the file does not exist, and `is_gone` is None.
         StorageError: any other failure, or the same failure for longer than `RAYSL_STORAGE_RETRY_S` (90 s).
     """
-    text = os.environ.get(PATIENCE_VARIABLE, str(_PATIENCE_S))
-    with explained(f"{PATIENCE_VARIABLE} is {text!r}", "Give seconds, such as 90, or unset it.", ValueError):
-        patience_s = float(text)
+    text = os.environ.get(RETRY_VARIABLE, str(_RETRY_S))
+    with explained(f"{RETRY_VARIABLE} is {text!r}", "Give seconds, such as 90, or unset it.", ValueError):
+        retry_s = float(text)
     started_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
     while True:
         try:
             return action()
         except Exception as raised:
-            error = as_os_error(place, raised)
+            error = as_os_error(path, raised)
             if error is None:
                 raise
             absent = isinstance(error, FileNotFoundError | NotADirectoryError)
             if absent and is_gone is None:
-                raise FileNotFoundError(f"{place} does not exist") from error
+                raise FileNotFoundError(f"{path} does not exist") from error
             tried_s = time.monotonic() - started_s
             if absent and is_gone is not None and tried_s >= _ABSENT_S and is_gone():
                 raise StorageError(
-                    f"Cannot {doing} {place}: the file was deleted. Restore it, and run the same command again."
+                    f"Cannot {doing} {path}: the file was deleted. Restore it, and run the same command again."
                 ) from raised
-            if not (may_pass(place, error) or absent) or tried_s + pause_s > patience_s:
-                raise failure(place, doing, error, tried_s) from raised
+            if not (is_transient(path, error) or absent) or tried_s + pause_s > retry_s:
+                raise failure(path, doing, error, tried_s) from raised
             if pause_s == _FIRST_PAUSE_S:
-                again = f"Trying again for about {patience_s:.0f} s ({PATIENCE_VARIABLE})."
-                _log.warning("Cannot %s %s (%s). %s", doing, place, reason(error), again)
+                again = f"Trying again for about {retry_s:.0f} s ({RETRY_VARIABLE})."
+                _log.warning("Cannot %s %s (%s). %s", doing, path, reason(error), again)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> StorageError:
-    """Return the error that tells a user why `place` could not be read or written."""
+def failure(path: str, doing: str, error: OSError, tried_s: float = 0.0) -> StorageError:
+    """Return the error that tells a user why `path` could not be read or written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return StorageError(
-            f"No space left to {doing} {place}. What was complete before is intact. Free some space, and run the same "
+            f"No space left to {doing} {path}. What was complete before is intact. Free some space, and run the same "
             "command again: it goes on from the last complete state, if there is one."
         )
     advice = "Check that it exists and that you have permission."
     if tried_s >= 1:
         # Without credentials, Google's client asks a host that only Google's machines know.
-        what = "the network and your credentials" if place.startswith(("gs://", "gcs://")) else "the network"
+        what = "the network and your credentials" if path.startswith(("gs://", "gcs://")) else "the network"
         advice = (
             f"Tried for {tried_s:.0f} s. Check {what}; the same command resumes once the storage answers."
         )
-    elif place.startswith("hf://"):
+    elif path.startswith("hf://"):
         as_in = " It reads as hf://datasets/OWNER/NAME." if error.errno == errno.EINVAL else f" {HUB_LOGIN}"
         advice = f"Check the name.{as_in}"
-    elif "://" in place:
+    elif "://" in path:
         advice = "Check the address, the bucket and your credentials."
     elif error.errno == errno.EROFS:
         advice = "The file system is read-only. Choose another folder."
-    elif os.path.isdir(place) and doing in ("open", "read"):
+    elif os.path.isdir(path) and doing in ("open", "read"):
         advice = "Name a file in it."
     elif isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
         advice = "A file and a folder have the same name. Choose another folder, or move the obstacle away."
-    return StorageError(f"Cannot {doing} {place}: {reason(error)}. {advice}")
+    return StorageError(f"Cannot {doing} {path}: {reason(error)}. {advice}")
 
 
 @dataclass(frozen=True)
@@ -363,11 +363,11 @@ def _opened(uri: str, name: str) -> Any:
 
 # Opening an object store asks it for its region, and a folder is opened for every file.
 @lru_cache(maxsize=256)
-def filesystem(uri: str, patience_s: int = 5) -> tuple[Any, str]:
+def filesystem(uri: str, retry_s: int = 5) -> tuple[Any, str]:
     """Return the Arrow file system of a URI and the path inside it. Raises UserError if it cannot be opened.
 
     Args:
-        patience_s: how long the client of gs:// repeats a request without a word, after which `retry` repeats it. Give
+        retry_s: how long the client of gs:// repeats a request without a word, after which `retry` repeats it. Give
             more where the file system is used without `retry`.
     """
     # Loaded late, because `raysl VERB --help` imports this module.
@@ -378,7 +378,7 @@ def filesystem(uri: str, patience_s: int = 5) -> tuple[Any, str]:
     address = uri
     if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in uri:
         # By default, 15 minutes.
-        address += f"{'&' if '?' in uri else '?'}retry_limit_seconds={patience_s}"
+        address += f"{'&' if '?' in uri else '?'}retry_limit_seconds={retry_s}"
     try:
         return retry(uri, "open", lambda: pafs.FileSystem.from_uri(address))  # type: ignore[no-any-return]
     except (ValueError, NotImplementedError, ImportError) as arrow_error:

@@ -19,8 +19,8 @@ _PERMANENT_TEXT = re.compile(
 _OWN = ("builtins", "raysl", "pyarrow", "numpy")
 
 
-def as_os_error(place: str, error: Exception) -> OSError | None:
-    """Return an error as one of the file system of `place`; None if it is another, such as a mistake of raysl.
+def as_os_error(path: str, error: Exception) -> OSError | None:
+    """Return an error as one of the file system of `path`; None if it is another, such as a mistake of raysl.
 
     Arrow and the disk raise OSError. Packages that fsspec loads also raise classes of their own, as httpx and
     huggingface_hub do for hf://. They are recognised by the package that defines or raises them, without importing it.
@@ -30,7 +30,7 @@ def as_os_error(place: str, error: Exception) -> OSError | None:
     home, is_final = type(error).__module__, isinstance(error, ValueError | NotImplementedError)
     if home == "builtins" and is_final:
         home = _raised_in(error)
-    if "://" not in place or home.partition(".")[0] in _OWN:
+    if "://" not in path or home.partition(".")[0] in _OWN:
         return None
     text = str(error) or type(error).__name__
     # An address that the package refuses is refused again.
@@ -45,12 +45,12 @@ def _raised_in(error: Exception) -> str:
     return str(trace.tb_frame.f_globals.get("__name__", "")) if trace else "builtins"
 
 
-def may_pass(place: str, error: OSError) -> bool:
+def is_transient(path: str, error: OSError) -> bool:
     """Return True if the same request may succeed later."""
-    if "://" not in place:
+    if "://" not in path:
         return error.errno in _TRANSIENT
     # Names of buckets and files may hold "400" or "signature".
-    bucket, _, key = place.partition("://")[2].partition("/")
+    bucket, _, key = path.partition("://")[2].partition("/")
     names = "|".join(map(re.escape, (bucket, key, *map(str, PurePosixPath(key).parents))))
     text = re.sub(rf"['\"](?:{names})/?['\"]\s*|\S*/\S*", "", str(error))
     is_final = isinstance(error, PermissionError) or error.errno == errno.EINVAL

@@ -12,7 +12,6 @@ This module does not import torch, because FAISS crashes in a process that holds
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from raysl.errors import UserError, counted, unknown
 from raysl.storage import Folder, filesystem, retry
 from raysl.storage.feature_files import FINISHED, STARTED, part_file
-from raysl.storage.records import read_record
+from raysl.storage.records import read_record, short_hash
 
 Numbers = NDArray[np.floating[Any]]
 T = TypeVar("T")
@@ -140,7 +139,7 @@ class FeatureStore:
         """Return a hash that equal features share: of their origin, or else of the files as `open` found them."""
         value: Any = _origin(self.metadata) or [*self.stamps, str(self.folder)]
         text = json.dumps([value, self.layer], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return short_hash(text.encode())
 
     def load(self) -> NDArray[np.float32]:
         """Return all rows in the order of positions, float32 (n, dim). Raises UserError if a file is damaged."""
@@ -202,9 +201,9 @@ class FeatureStore:
             )
             return file.iter_batches(num_rows, row_groups=[group.number], columns=columns)  # type: ignore[no-any-return]
 
-        place = f"{self.folder}/{group.file}"
-        batches = _checked(place, read)
-        while (batch := _checked(place, lambda: next(batches, None))) is not None:
+        path = f"{self.folder}/{group.file}"
+        batches = _checked(path, read)
+        while (batch := _checked(path, lambda: next(batches, None))) is not None:
             yield batch
 
     def _indices(self, piece: Piece, column: pa.Array) -> NDArray[np.int64]:
@@ -309,16 +308,16 @@ def _footer(folder: Folder, name: str) -> tuple[pa.Schema, Any]:
     return _checked(f"{folder}/{name}", read)
 
 
-def _checked(place: str, read: Callable[[], T]) -> T:
+def _checked(path: str, read: Callable[[], T]) -> T:
     """Return `read()`. Raises UserError if the file is damaged."""
     try:
         return read()
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise _damaged(place, " ".join(str(error).split())) from error
+        raise _damaged(path, " ".join(str(error).split())) from error
 
 
-def _damaged(place: str, why: str) -> UserError:
-    return UserError(f"The features file {place} is damaged: {why}. {_REMEDY}")
+def _damaged(path: str, why: str) -> UserError:
+    return UserError(f"The features file {path} is damaged: {why}. {_REMEDY}")
 
 
 def _layers(schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -354,19 +353,19 @@ def _only_layer(schema: pa.Schema, uri: str) -> str:
     return names[0]
 
 
-def _row_kind(schema: pa.Schema, place: str, layer: str) -> tuple[int, int]:
+def _row_kind(schema: pa.Schema, path: str, layer: str) -> tuple[int, int]:
     """Return the length of the rows, 0 if the schema does not state it, and the bytes of a number in memory."""
     layers = _layers(schema)
     if layer not in layers:
-        raise unknown(f"layer of the features at {place}", layer, layers)
+        raise unknown(f"layer of the features at {path}", layer, layers)
     if twice := {name for name in ("index", layer) if schema.names.count(name) > 1}:
         raise UserError(
-            f"The features file {place} has several columns called {min(twice)!r}. Write it again with one of them."
+            f"The features file {path} has several columns called {min(twice)!r}. Write it again with one of them."
         )
     if "index" not in schema.names or not pa.types.is_integer(schema.field("index").type):
         found = f"is {schema.field('index').type}" if "index" in schema.names else "is missing"
         raise UserError(
-            f"The column 'index' of the features file {place} {found}. It must hold the number of every image, an "
+            f"The column 'index' of the features file {path} {found}. It must hold the number of every image, an "
             "integer, by which clusters find their images."
         )
     kind = layers[layer]

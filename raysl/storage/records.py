@@ -5,6 +5,7 @@ A "signed" line or table carries a CRC-32: it shows damage, not forgery.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -20,6 +21,16 @@ from raysl.storage import Folder, StorageError
 
 # The end of a line of JSON with a checksum.
 _SIGNATURE = re.compile(rb', "checksum": "([0-9a-f]{8})"}\n?$')
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as it comes back from a JSON file: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def short_hash(data: bytes) -> str:
+    """Return a hash of 8 bytes, as hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def write_record(folder: Folder, name: str, value: dict[str, Any]) -> None:
@@ -66,17 +77,17 @@ def verified_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 def read_record(folder: Folder, name: str, remedy: str) -> dict[str, Any]:
     """Return a JSON object that `write_record` wrote. Raises UserError, which ends with `remedy`, if it is damaged."""
-    place = f"{folder}/{name}"
+    path = f"{folder}/{name}"
     try:
         value = json.loads(folder.read(name))
     except FileNotFoundError as error:
-        raise UserError(f"The file {place} is missing. {remedy}") from error
+        raise UserError(f"The file {path} is missing. {remedy}") from error
     except ValueError as error:
-        raise UserError(f"The file {place} is damaged: it is not JSON. {remedy}") from error
+        raise UserError(f"The file {path} is damaged: it is not JSON. {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"The file {place} is damaged: it holds no JSON object. {remedy}")
+        raise UserError(f"The file {path} is damaged: it holds no JSON object. {remedy}")
     if value.pop("checksum", None) != _checksum(value):
-        raise UserError(f"The file {place} is damaged: its checksum does not match. {remedy}")
+        raise UserError(f"The file {path} is damaged: its checksum does not match. {remedy}")
     return value
 
 

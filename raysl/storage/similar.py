@@ -23,9 +23,8 @@ def similar_folder(missing: str, marker: str) -> str:
     with suppress(OSError, StorageError):
         there = [f"{missing.rstrip('/')}/{name}" for name in Folder(missing).list()[:_MOST]]
         if inside := [repr(folder) for folder in there if Folder(folder).exists(marker)]:
-            return (
-                f"It holds {', '.join(inside[:_SHOWN])}{', ...' * (len(inside) > _SHOWN)}: name one of them. "
-            )
+            more = ", ..." if len(inside) > _SHOWN else ""
+            return f"It holds {', '.join(inside[:_SHOWN])}{more}: name one of them. "
     place, slash, last = missing.rstrip("/").rpartition("/")
     for folder in dict.fromkeys((place or slash or ".", "runs")):
         with suppress(OSError, StorageError):

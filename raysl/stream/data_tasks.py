@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from raysl.stream.reader import Columns, Stream, load, pieces
+from raysl.stream.reader import Columns, Stream, load, step_blocks
 
 # Each block costs the task and the trainer some milliseconds, whatever its size.
 _BLOCK_BYTES = 8 << 20
 # Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
 # millions of small images.
-SEGMENT = 512
+TASKS_PER_EXECUTION = 512
 # Batches whose columns or lengths change from step to step are pickled into one column: Arrow needs fixed columns.
 _PACKED = "packed"
 # Shortest time between two steps of the loop of Ray Data's executor.
@@ -57,7 +57,7 @@ def columns(stream: Stream, start_step: int, end_step: int) -> Iterator[Columns]
 
 def _open(stream: Stream, step: int, end_step: int) -> tuple[int, int, Iterator[Any]]:
     """Start a pipeline and wait for its first batch; return its first step, its end and its rows."""
-    end = min(end_step, (step // stream.task_steps + SEGMENT) * stream.task_steps)
+    end = min(end_step, (step // stream.task_steps + TASKS_PER_EXECUTION) * stream.task_steps)
     rows = iter(pipeline(stream, step, end).iter_batches(batch_size=1, prefetch_batches=2))
     return step, end, itertools.chain([next(rows)], rows)
 
@@ -85,7 +85,7 @@ def pipeline(stream: Stream, start: int, end: int) -> Any:
     # Batches that another machine makes cross the network, which is still better than waiting for CPUs of this one.
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return tasks.map_batches(
-        Load(stream, start, end),
+        MakeBatches(stream, start, end),
         batch_size=None,
         num_cpus=stream.share.cpus_per_task,
         label_selector=this_node,
@@ -122,7 +122,7 @@ def _unpickled(pickled: bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class Load:
+class MakeBatches:
     """The function of a data task of Ray Data: make the batches of one piece of the plan."""
 
     stream: Stream
@@ -144,7 +144,7 @@ class Load:
         parts: list[range] = []
         for number in task["id"]:
             first = max(self.start, (self.start // length + int(number)) * length)
-            parts += pieces(self.stream.plan, first, min(self.end, first - first % length + length))
+            parts += step_blocks(self.stream.plan, first, min(self.end, first - first % length + length))
         for columns in load(self.stream, parts):
             if self.stream.schedule is not None or self.stream.config.decode == "gpu":
                 columns = {_PACKED: np.array(pickle.dumps(columns, protocol=5), dtype=object)}

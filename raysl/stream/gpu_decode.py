@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raysl.communication.device_copy import copied_beside, made_beside
+from raysl.communication.device_copy import copy_on_side_stream, made_beside
 from raysl.stream.decode import decode
 from raysl.stream.formats import MAX_PIXELS
 from raysl.stream.pixels import plain_header
@@ -55,7 +55,7 @@ def decode_on(files: Sequence[bytes], device: torch.device) -> list[Tensor]:
     decoded = _decode_jpegs([files[number] for number in common], device)
     done = dict(zip(common, decoded, strict=True)) if decoded else {}
     return [
-        done[number] if number in done else copied_beside(decode(file).contiguous(), device)
+        done[number] if number in done else copy_on_side_stream(decode(file).contiguous(), device)
         for number, file in enumerate(files)
     ]
 

@@ -6,8 +6,9 @@ and the start of the next, so nothing is dropped, padded or repeated, and every 
 Within an epoch, the row groups are permuted, consecutive groups form windows, and the rows of each window are permuted.
 A window is read at once, so reading is sequential and remote storage is read about once per epoch.
 
-`stretch` steps share `stretch * batch_size` consecutive positions, divided into `LANES` equal parts, the lanes (fewer
-if `LANES` does not divide the batch size). The batch of a step takes rows from every lane, so it mixes distant windows.
+A block of `steps_per_block` steps shares `steps_per_block * batch_size` consecutive positions, divided into `LANES`
+equal parts, the lanes (fewer if `LANES` does not divide the batch size). The batch of a step takes rows from every
+lane, so it mixes distant windows.
 Worker r of W takes part r of each batch, which lies in its own lanes, so workers rarely read the same window. Neither
 the batch nor its order depends on W.
 """
@@ -39,7 +40,7 @@ class Plan:
     batch_size: int  # images in the global batch
     seed: int  # seed of the run
     groups_per_window: int  # row groups per window
-    stretch: int  # steps that share a piece of the order
+    steps_per_block: int  # steps that share a piece of the order
     num_steps: int  # steps of the run
 
     @staticmethod
@@ -59,11 +60,11 @@ class Plan:
         bytes_per_row = max(1.0, dataset.manifest.num_bytes / dataset.num_images)
         window_rows = min(WINDOW_ROWS, WINDOW_BYTES / bytes_per_row)
         groups_per_window = max(1, round(window_rows / rows_per_group))
-        stretch = math.ceil(LANES * groups_per_window * rows_per_group / batch_size)
-        # A stretch is at most an epoch; otherwise the lanes of a small data set would lie in different epochs.
-        stretch = max(1, min(stretch, dataset.num_images // batch_size))
+        steps_per_block = math.ceil(LANES * groups_per_window * rows_per_group / batch_size)
+        # A block is at most an epoch; otherwise the lanes of a small data set would lie in different epochs.
+        steps_per_block = max(1, min(steps_per_block, dataset.num_images // batch_size))
         steps = num_steps(dataset.num_images, batch_size, epochs)
-        return Plan(starts, batch_size, seed, groups_per_window, stretch, steps)
+        return Plan(starts, batch_size, seed, groups_per_window, steps_per_block, steps)
 
     @property
     def num_images(self) -> int:
@@ -88,9 +89,9 @@ class Plan:
                 f"--batch-size is {self.batch_size}; with {world} workers it must be a multiple of {world}, such as "
                 f"{max(1, local) * world}."
             )
-        first_step = step - step % self.stretch
+        first_step = step - step % self.steps_per_block
         # The last piece may be shorter, so that the run ends with its last epoch.
-        steps = min(self.stretch, self.num_steps - first_step)
+        steps = min(self.steps_per_block, self.num_steps - first_step)
         lanes = math.gcd(self.batch_size, LANES)
         rows_per_lane = self.batch_size // lanes
         within_batch = rank * local + np.arange(local, dtype=np.int64)

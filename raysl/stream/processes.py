@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from raysl.errors import STOP_SIGNALS, UserError
-from raysl.stream.reader import Columns, Stream, load, pieces
+from raysl.stream.reader import Columns, Stream, load, step_blocks
 
 _PREFETCH_BYTES = 256 << 20
 # Linux's default of 64 KB would switch between the processes for every piece of that size.
@@ -86,10 +86,10 @@ class DataProcesses:
         else:
             sources = [_load_share(stream, start, end, 0, 1)]
         # While the batches of a process are taken, the others make their pieces.
-        max_batches = stream.plan.stretch if count > 1 else 0
+        max_batches = stream.plan.steps_per_block if count > 1 else 0
         prefetchers = [_Prefetcher(source, max_batches, _PREFETCH_BYTES // count) for source in sources]
         try:
-            for piece_number, piece in enumerate(pieces(stream.plan, start, end)):
+            for piece_number, piece in enumerate(step_blocks(stream.plan, start, end)):
                 for _ in piece:
                     yield prefetchers[piece_number % count].take()
         except BaseException:  # Also when the caller takes no more.
@@ -102,7 +102,7 @@ class DataProcesses:
 
 def _load_share(stream: Stream, start: int, end: int, number: int, count: int) -> Iterator[Columns]:
     """Yield the batches of the pieces whose number modulo `count` is `number`."""
-    return load(stream, itertools.islice(pieces(stream.plan, start, end), number, None, count))
+    return load(stream, itertools.islice(step_blocks(stream.plan, start, end), number, None, count))
 
 
 class _Prefetcher:

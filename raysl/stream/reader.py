@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raysl.communication.device_copy import copied_beside, to_device
+from raysl.communication.device_copy import copy_on_side_stream, to_device
 from raysl.dataset import DataSet, Rows
 from raysl.errors import UserError
 from raysl.fields import Checked
@@ -32,9 +32,9 @@ from raysl.stream.plan import Plan
 from raysl.stream.views import View
 
 Columns = dict[str, npt.NDArray[Any]]
-Source = Callable[["Stream", int, int], Iterator[Columns]]
+ColumnReader = Callable[["Stream", int, int], Iterator[Columns]]
 
-# A data task that reads a remote store covers so many encoded bytes, and reads the next stretch while it decodes one.
+# A data task that reads a remote store covers so many encoded bytes, and reads the next block while it decodes one.
 _REMOTE_TASK_BYTES = 32 << 20
 
 
@@ -109,7 +109,7 @@ class Stream:
         device: device of the tensors of the batches.
         schedule: function from a step to the names of its views; None when every step takes all views. Other views are
             not made. It must be picklable.
-        source: function from the stream, a first step and an end (exclusive) to the columns of these steps, in place
+        reader: function from the stream, a first step and an end (exclusive) to the columns of these steps, in place
             of Ray Data; see `raysl.stream.processes`.
     """
 
@@ -122,7 +122,7 @@ class Stream:
     world: int = 1
     device: torch.device = torch.device("cpu")
     schedule: Callable[[int], Collection[str]] | None = None
-    source: Source | None = None
+    reader: ColumnReader | None = None
 
     def views_of(self, step: int) -> dict[str, View]:
         """Return the views of a step."""
@@ -158,20 +158,20 @@ class Stream:
 
         `batch` makes a `Batch` of them. Raises as `batches` does.
         """
-        if self.source is not None:
-            return self.source(replace(self, source=None), start_step, end_step)
+        if self.reader is not None:
+            return self.reader(replace(self, reader=None), start_step, end_step)
         from raysl.stream import data_tasks
 
         return data_tasks.columns(self, start_step, end_step)
 
     @functools.cached_property
     def task_steps(self) -> int:
-        """Steps of a data task: one stretch of the plan, or several if they are short and the data is remote."""
+        """Steps of a data task: one block of the plan, or several if they are short and the data is remote."""
         if self.dataset.folder.is_local:
-            return self.plan.stretch
-        images = self.plan.stretch * self.plan.batch_size // self.world
+            return self.plan.steps_per_block
+        images = self.plan.steps_per_block * self.plan.batch_size // self.world
         task_images = _REMOTE_TASK_BYTES * self.dataset.num_images / max(1, self.dataset.manifest.num_bytes)
-        return self.plan.stretch * max(1, round(task_images / images))
+        return self.plan.steps_per_block * max(1, round(task_images / images))
 
     def batch(self, step: int, columns: Columns) -> Batch:
         """Make the batch of a step from its columns, on the device, and compare its images with the plan."""
@@ -212,7 +212,7 @@ class Stream:
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
         # Ray returns read-only views of its object store, of which torch makes no tensors.
         owned = values if values.flags.writeable else values.copy()
-        return copied_beside(torch.from_numpy(owned), self.device)
+        return copy_on_side_stream(torch.from_numpy(owned), self.device)
 
     def finish(self, batch: Batch, crops: Mapping[str, Tensor]) -> Batch:
         """Make the views of a batch from its source crops, on the device of the crops."""
@@ -225,18 +225,20 @@ class Stream:
         return batch
 
 
-def pieces(plan: Plan, start: int, end: int) -> Iterator[range]:
-    """Yield the steps start .. end - 1 in pieces that share windows of the data set."""
+def step_blocks(plan: Plan, start: int, end: int) -> Iterator[range]:
+    """Yield the steps start .. end - 1 in blocks that share windows of the data set."""
     edges = itertools.chain(
-        [start], range(start - start % plan.stretch + plan.stretch, end, plan.stretch), [end]
+        [start],
+        range(start - start % plan.steps_per_block + plan.steps_per_block, end, plan.steps_per_block),
+        [end],
     )
     return (range(first, last) for first, last in itertools.pairwise(edges))
 
 
 def load(stream: Stream, parts: Iterable[range]) -> Iterator[Columns]:
-    """Yield the columns of the steps of some pieces, as `Stream.columns` does, computed in this process.
+    """Yield the columns of the steps of some blocks, as `Stream.columns` does, computed in this process.
 
-    While a piece is made, the next one is read.
+    While a block is made, the next one is read.
 
     Raises:
         UserError: a shard of the data set is damaged.

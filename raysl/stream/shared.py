@@ -4,8 +4,8 @@ A `StreamActor` reads one `Stream` with the views of all runs, and makes equal v
 in Ray's object store, from which each run takes its views. Pixels depend only on (seed, epoch, index, name of the
 view), so they are equal to those of the run's own stream.
 
-The actor waits for its slowest run, for at most `PATIENCE_S` seconds. A run that is dropped, asks for a step outside of
-the window, or loses its actor continues with its own stream at the same step.
+The actor waits for its slowest run, for at most `SLOW_RUN_TIMEOUT_S` seconds. A run that is dropped, asks for a step
+outside of the window, or loses its actor continues with its own stream at the same step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WINDOW_SHARE = 1 / 8
 _WINDOW_BYTES = 256 << 20
 _LEAST_BATCHES = 6
 _MAX_REQUESTS = 64  # simultaneous requests to an actor
-PATIENCE_S = 30.0  # longest wait for a slow run
+SLOW_RUN_TIMEOUT_S = 30.0  # longest wait for a slow run
 _AHEAD = 2  # batches that a run requests in advance; fewer than a window holds
 
 
@@ -45,7 +45,7 @@ def view_keys(stream: Stream) -> dict[str, str]:
     }
 
 
-def union(streams: Sequence[Stream]) -> Stream:
+def merge_streams(streams: Sequence[Stream]) -> Stream:
     """Return a stream with the views of all streams, which must be equal otherwise."""
     views = {key: stream.views[name] for stream in streams for name, key in view_keys(stream).items()}
     schedule = partial(_keys_of, [(view_keys(stream), stream.schedule) for stream in streams])
@@ -70,7 +70,7 @@ class StreamActor:
     """Actor that serves a shared stream to the workers of one rank.
 
     Args:
-        stream: result of `union`.
+        stream: result of `merge_streams`.
         end: step to stop before.
     """
 
@@ -80,12 +80,12 @@ class StreamActor:
         start: int,
         end: int,
         window_bytes: int = _WINDOW_BYTES,
-        patience_s: float = PATIENCE_S,
+        timeout_s: float = SLOW_RUN_TIMEOUT_S,
     ) -> None:
         self._stream = stream
         self._end = end
         self._window_bytes = window_bytes
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._changed = threading.Condition()
         # References by step and key. A step is kept until every run has it and the window is full.
         self._batches: dict[int, dict[str, Any]] = {}
@@ -118,7 +118,7 @@ class StreamActor:
                 self._thread = threading.Thread(target=self._read, daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-            deadline = time.monotonic() + self._patience_s
+            deadline = time.monotonic() + self._timeout_s
             while step not in self._batches:
                 near = self._oldest() <= step <= self._next + _AHEAD
                 if self._failed or not near or run not in self._requested:
@@ -127,7 +127,7 @@ class StreamActor:
                 self._changed.wait(max(0.0, deadline - time.monotonic()))
                 if time.monotonic() >= deadline:
                     self._drop_slowest()
-                    deadline = time.monotonic() + self._patience_s
+                    deadline = time.monotonic() + self._timeout_s
             return [self._batches[step][name] for name in names]
 
     def _oldest(self) -> int:
@@ -249,7 +249,7 @@ def start_actors(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, 
     """
     import ray
 
-    shared = union(streams)
+    shared = merge_streams(streams)
     shared = replace(shared, share=replace(shared.share, cpus=shared.share.cpus * len(streams)))
     remote = ray.remote(num_cpus=0, max_concurrency=_MAX_REQUESTS)(StreamActor)
     alive = [node for node in ray.nodes() if node["Alive"]]

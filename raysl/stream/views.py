@@ -10,7 +10,7 @@ from torch import Tensor
 from raysl.augment import Recipe, SourceCrop, color_jitter, hflip
 from raysl.augment.own_augmentation import OwnAugmentation
 from raysl.dataset.clips import Clips
-from raysl.errors import blamed
+from raysl.errors import name_plugin_in_errors
 from raysl.pretext import Chosen, OfClips, Pretext, Transformed, check_target, of_clips
 from raysl.rng import ImageRng
 
@@ -56,13 +56,13 @@ class View:
         Raises:
             UserError: a target is no label of the transform, or code of the user fails.
         """
-        with blamed():
+        with name_plugin_in_errors():
             return self._made(images_bchw, image_rng)
 
     def chosen(self, clips: Clips, image_rng: ImageRng) -> Chosen:
         """Return what a view of clips shows of each clip. Raises as the view of images."""
         assert self.of_clips is not None
-        with blamed():
+        with name_plugin_in_errors():
             found = self.of_clips.choose(clips, image_rng)
         check_target(self.pretext, found.target)
         return found

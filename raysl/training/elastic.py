@@ -38,7 +38,7 @@ def machines() -> Machines:
     return replace(cluster_placement.machines(), now=tuple(staying))
 
 
-def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
+def largest_count(counts: Sequence[int], found: Machines, gpus: bool) -> int:
     """Return the largest of the ascending `counts` of workers that fits now; 0 if not even the smallest fits.
 
     Args:
@@ -48,7 +48,7 @@ def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
     return max((count for count in counts if count <= room), default=0)
 
 
-def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> WorkerGroup:
+def largest_group(counts: Sequence[int], found: Machines, gpus: bool = False) -> WorkerGroup:
     """Return the largest worker group that fits now.
 
     If not even the smallest fits, its workers share CPUs, or wait for machines that the cluster can start. With `gpus`
@@ -59,12 +59,12 @@ def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> Worker
     """
     if gpus and not found.has_gpus:
         raise UserError("The run began on GPUs, and the cluster has none now.")
-    workers = size(counts, found, found.has_gpus)
-    return WorkerGroup(workers or counts[0], cluster_placement.place(workers or counts[0], found))
+    workers = largest_count(counts, found, found.has_gpus)
+    return WorkerGroup(workers or counts[0], cluster_placement.make_placement(workers or counts[0], found))
 
 
 class CapacityRequest:
-    """Ask the autoscaler for the machines of a larger worker group, and reserve them until `take_back`.
+    """Ask the autoscaler for the machines of a larger worker group, and reserve them until `release`.
 
     Only GPUs are requested: a request for CPUs could take CPUs that are reserved for data loading.
     """
@@ -75,7 +75,7 @@ class CapacityRequest:
         missing = most - group.workers if group.gpus and found.later else 0
         self._groups = [ray.util.placement_group([group.placement.resources()]) for _ in range(missing)]
 
-    def take_back(self) -> None:
+    def release(self) -> None:
         """Release the requested resources."""
         import ray
 
@@ -94,7 +94,7 @@ class Resizing:
 
     def due(self, found: Machines) -> bool:
         """Return True if another number of workers has fitted for `RESIZE_AFTER_S`. Call it regularly."""
-        if (size(self.counts, found, self.group.gpus) or self.counts[0]) == self.group.workers:
+        if (largest_count(self.counts, found, self.group.gpus) or self.counts[0]) == self.group.workers:
             self._since = None
             return False
         self._since = self.clock() if self._since is None else self._since

@@ -17,7 +17,7 @@ from raysl import checkpoint, console, ray_cluster
 from raysl.config import Pretraining, methods, run_folder
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.ray_cluster import gpus, local_ray, shared_paths
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
@@ -27,22 +27,19 @@ from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
-from raysl.training import elastic, guessing, progress_actor, readiness, signals
-from raysl.training import local as in_process
+from raysl.training import chance_loss, elastic, in_process, preflight, progress_actor, signals
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
-from raysl.training.worker import Job, work
+from raysl.training.worker import EXCHANGE_TIMEOUT_S, Job, work
 
 _log = logging.getLogger("raysl.training")
 
 # Number of restarts of the workers without progress before a run gives up. Each resumes from the newest checkpoint.
-MAX_FAILURES = 8
+MAX_RESTARTS_WITHOUT_PROGRESS = 8
 # Interval between two lines of progress. Every row is in metrics.jsonl.
 SHOW_EVERY_S = 5.0
 # Time for a worker group to stop after a request, counted from the request or its last sign of life. Then it is killed:
 # if a machine died unnoticed, two workers may share one machine's CPUs and starve their own data tasks.
 STOP_WITHIN_S = 120.0
-# Longest time for an exchange between the workers; after it they begin again from the newest checkpoint.
-EXCHANGE_WITHIN_S = 1800
 
 
 def pretrain(
@@ -64,7 +61,7 @@ def pretrain(
         placement: resources of the workers; by default they share the whole cluster.
         callbacks: code that follows the run; see `raysl.run.callbacks`.
         subscriber: position in a stream shared with other runs; see `raysl.stream.shared`.
-        local: train with one worker in this process, without Ray; None for where `raysl.training.local` chooses it.
+        local: train with one worker in this process, without Ray; None for where `training.in_process` chooses it.
 
     Returns:
         The run, finished or at step `until`.
@@ -78,32 +75,32 @@ def pretrain(
     local = in_process.is_chosen(config, placement, subscriber) if local is None else local
     # What can be checked without Ray is checked before Ray starts.
     with console.working("Preparing the run ..."):
-        checked = readiness.check(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
+        ingested = DataSet.exists_at(config.data)
+        checked = preflight.check_and_plan(config, DataSet.open(config.data)) if ingested else None
         group = _first_group(config, placement, local)
-    dataset = resolve(config.data)
-    plan, facts = checked or readiness.check(config, dataset)
+    dataset = open_or_ingest(config.data)
+    plan, facts = checked or preflight.check_and_plan(config, dataset)
     end, callbacks = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())
-    if readiness.is_done(config, end, plan.num_steps):  # The lock needs a folder that can be written.
+    if preflight.is_done(config, end, plan.num_steps):  # The lock needs a folder that can be written.
         return Run(Folder(config.run))
     # Another driver may still train the run, or begin another one in its folder.
     with DriverLock(Folder(config.run), "run") as lock:
-        if readiness.is_done(config, end, plan.num_steps):
+        if preflight.is_done(config, end, plan.num_steps):
             return Run(lock.folder)
         saved = checkpoint.newest_step(Run(lock.folder).checkpoints)
         run = Run.begin(config, dataset, facts)
-        again = len(run.metadata()["sessions"]) > 1
-        _announce(config, dataset, plan, group, saved, again, local)
+        _announce(config, dataset, plan, group, saved, again=len(run.metadata()["sessions"]) > 1, local=local)
         actor = None if local else progress_actor.start_progress_actor()
         job = Job(
-            config.to_json(), run, dataset, group.placement, actor, until, subscriber, EXCHANGE_WITHIN_S
+            config.to_json(), run, dataset, group.placement, actor, until, subscriber, EXCHANGE_TIMEOUT_S
         )
-        begins = "" if local else group.placement.busy(group.workers)
+        begins = "" if local else group.placement.waiting_message(group.workers)
         with console.working(begins or "Starting the training ..."), callbacks.following(run, saved):
             if local:
                 in_process.train(job, plan.num_steps, lock, callbacks, SHOW_EVERY_S)
             else:
                 _Attempts(job, counts, end, plan.num_steps, lock, callbacks).run(group)
-        guessing.warn(run, facts.get("chance", math.inf), plan.num_steps)
+        chance_loss.warn_if_at_chance(run, facts.get("chance", math.inf), plan.num_steps)
     return run
 
 
@@ -140,7 +137,7 @@ def _announce(
 
 def _first_group(config: Pretraining, placement: Placement | None, local: bool) -> WorkerGroup:
     """Return the first worker group. Raise UserError if it has no GPU and the run needs one."""
-    group = _group(config, placement, local)
+    group = _start_ray_and_choose_group(config, placement, local)
     if config.stream.decode == "gpu" and not group.gpus:
         raise UserError(
             "--stream.decode gpu needs a GPU for each worker, and there is none. Train on GPUs, or begin a new run "
@@ -149,11 +146,11 @@ def _first_group(config: Pretraining, placement: Placement | None, local: bool) 
     return group
 
 
-def _group(config: Pretraining, placement: Placement | None, local: bool) -> WorkerGroup:
+def _start_ray_and_choose_group(config: Pretraining, placement: Placement | None, local: bool) -> WorkerGroup:
     """Start Ray and return the first worker group; or check that this process can train, and return its worker."""
     if local:
         in_process.check(config)
-        return WorkerGroup(1, placement or in_process.place())
+        return WorkerGroup(1, placement or in_process.local_placement())
     ray_cluster.start()
     ray_cluster.start_coordinator()
     shared_paths.refuse_local({"--run": config.run})
@@ -161,8 +158,8 @@ def _group(config: Pretraining, placement: Placement | None, local: bool) -> Wor
     if placement is not None:
         return WorkerGroup(counts[0], placement)
     if len(counts) == 1:
-        return WorkerGroup(counts[0], cluster_placement.place(counts[0]))
-    return elastic.gather(counts, elastic.machines())
+        return WorkerGroup(counts[0], cluster_placement.make_placement(counts[0]))
+    return elastic.largest_group(counts, elastic.machines())
 
 
 def _described(group: WorkerGroup, counts: Sequence[int]) -> str:
@@ -202,7 +199,7 @@ class _Attempts:
             gpus.check(group.placement.gpus_per_worker, self.job.config["precision"])
         actor = self.job.progress_actor
         idle, saved = 0, checkpoint.newest_step(self.job.run.checkpoints)
-        with signals.caught(lambda: actor.request_stop.remote(True)) as stop:
+        with signals.catch_stop_signals(lambda: actor.request_stop.remote(True)) as stop:
             while True:
                 self.lock.check()
                 error = self._attempt(group, stop.received)
@@ -212,23 +209,23 @@ class _Attempts:
                 if saved >= self.end:
                     return
                 idle = 0 if saved > before else idle + 1
-                over = idle > MAX_FAILURES or (error is not None and not self.elastic)
+                over = idle > MAX_RESTARTS_WITHOUT_PROGRESS or (error is not None and not self.elastic)
                 if over and (error is not None or not stop.received.is_set()):
                     raise error or UserError(
                         f"Training stopped {idle} times at step {saved} without progress. "
-                        f"{progress_actor.resuming(saved)}"
+                        f"{progress_actor.resume_hint(saved)}"
                     )
                 ray.get(actor.request_stop.remote(stop.received.is_set()))
                 group = self._next(group, stop.received)
                 if stop.received.is_set():
-                    raise stop.ended(saved)
+                    raise stop.exception(saved)
 
     def _next(self, group: WorkerGroup, stopped: threading.Event) -> WorkerGroup:
         """Return the worker group of the next attempt; wait for machines until one fits."""
         waiting = False
         while self.elastic and not stopped.is_set():
             try:
-                group = elastic.gather(self.counts, elastic.machines(), group.gpus)
+                group = elastic.largest_group(self.counts, elastic.machines(), group.gpus)
                 break
             except UserError as error:
                 if not waiting:
@@ -260,14 +257,15 @@ class _Attempts:
             progress_actor.raise_failure(actor)
             if found := ray_cluster.user_error(error):
                 raise found from error
-            again = progress_actor.resuming(checkpoint.newest_step(self.job.run.checkpoints))
+            again = progress_actor.resume_hint(checkpoint.newest_step(self.job.run.checkpoints))
             return UserError(
-                f"Training stopped after {MAX_FAILURES} restarts: {str(error).strip().splitlines()[-1]}. {again} "
+                f"Training stopped after {MAX_RESTARTS_WITHOUT_PROGRESS} restarts: "
+                f"{str(error).strip().splitlines()[-1]}. {again} "
                 "RAYSL_LOG_TO_DRIVER=1 shows the output of the workers."
             )
         finally:
             if request is not None:
-                request.take_back()
+                request.release()
         self._show()
         progress_actor.raise_failure(actor)
         return None
@@ -342,7 +340,7 @@ class _Attempts:
         if messages and not rows and not messages[-1].startswith("step "):
             _log.info("Waiting for the first steps ...")
         for row in rows[-1:]:
-            _log.info(progress_actor.line(row, self.num_steps, self.job.config["epochs"]))
+            _log.info(progress_actor.format_row(row, self.num_steps, self.job.config["epochs"]))
         self.callbacks.log(rows)
         return bool(messages or rows)
 
@@ -378,7 +376,7 @@ def _trainer(job: Job, workers: int, restarts: bool, scratch: str) -> Any:
             # Only for Ray's own bookkeeping: raysl keeps its checkpoints in the folder of the run.
             name=f"raysl-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
-            failure_config=FailureConfig(MAX_FAILURES, controller_failure_limit=3)
+            failure_config=FailureConfig(MAX_RESTARTS_WITHOUT_PROGRESS, controller_failure_limit=3)
             if restarts
             else FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0),
             logging_config=LoggingConfig(log_level="ERROR"),

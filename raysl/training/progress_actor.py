@@ -12,9 +12,11 @@ from typing import Any
 from raysl.errors import UserError, counted
 
 # Errors of one worker at one step before a run gives up.
-MAX_CRASHES = 3
+MAX_SAME_STEP_ERRORS = 3
 # What a worker is doing, for the sentence about workers that wait for each other in vain.
-IMAGES, SAVING, OTHERS = "waits for images", "writes a checkpoint", "waits for the other workers"
+WAITING_FOR_IMAGES = "waits for images"
+SAVING = "writes a checkpoint"
+WAITING_FOR_WORKERS = "waits for the other workers"
 
 
 class ProgressActor:
@@ -74,7 +76,7 @@ class ProgressActor:
         if stall and stall != self._stall:
             self._messages.append(stall)
             self._stall = stall
-        if times >= MAX_CRASHES:
+        if times >= MAX_SAME_STEP_ERRORS:
             often = f"Training failed {times} times after step {step}, each time with:\n\n{trace}"
             self.fail(UserError(stall or often))
 
@@ -149,8 +151,8 @@ class Progress:
         """Return True if the worker should save and stop. Every worker must call it at the same step."""
         return False
 
-    def at(self, step: int, doing: str) -> None:
-        """Report what the worker begins to do after `step` steps: `IMAGES`, `OTHERS` or `SAVING`."""
+    def set_activity(self, step: int, activity: str) -> None:
+        """Report what the worker begins to do after `step` steps: one of the three constants of this module."""
 
 
 class RemoteProgress(Progress):
@@ -160,7 +162,7 @@ class RemoteProgress(Progress):
         self._actor = actor
         self._rank = rank
         self._answer: Any = None
-        self._at = (time.monotonic(), 0, OTHERS)
+        self._activity = (time.monotonic(), 0, WAITING_FOR_WORKERS)
         self._stall_reported = False
 
     def begin(self, step: int, workers: int, reached: int, saves: str) -> int:
@@ -194,8 +196,8 @@ class RemoteProgress(Progress):
         requested, self._answer = ray.get(self._answer), self._actor.stop_requested.remote()
         return bool(requested)
 
-    def at(self, step: int, doing: str) -> None:
-        self._at = (time.monotonic(), step, doing)
+    def set_activity(self, step: int, activity: str) -> None:
+        self._activity = (time.monotonic(), step, activity)
 
     def watch(self, timeout_s: float) -> None:
         """End this process if it waits for the other workers for nearly as long as torch allows, and tell the driver.
@@ -214,19 +216,19 @@ class RemoteProgress(Progress):
         """Return True if this worker has waited for the others for 95 % of the time. Report its work from 90 % on."""
         import ray
 
-        since_s, step, doing = self._at
+        since_s, step, doing = self._activity
         stalls = now_s - since_s > 0.9 * timeout_s
         if stalls != self._stall_reported:
             self._actor.stalled.remote(self._rank, doing if stalls else "")
             self._stall_reported = stalls
-        late = doing == OTHERS and now_s - since_s > 0.95 * timeout_s
+        late = doing == WAITING_FOR_WORKERS and now_s - since_s > 0.95 * timeout_s
         if late:
             ray.get(self._actor.crash.remote(step, self._rank, ""))
         return late
 
     def close(self) -> None:
         """End the watch."""
-        self._at = (math.inf, 0, "")
+        self._activity = (math.inf, 0, "")
 
 
 def stall_sentence(step: int, stalled: Mapping[int, str], workers: int) -> str:
@@ -236,9 +238,9 @@ def stall_sentence(step: int, stalled: Mapping[int, str], workers: int) -> str:
         stalled: what a worker does, by its rank; workers that hang are missing.
     """
     does = {rank: stalled.get(rank, "does not answer") for rank in range(max(workers, 1 + max(stalled)))}
-    others = [f"worker {rank} {doing}" for rank, doing in does.items() if doing != OTHERS]
+    others = [f"worker {rank} {doing}" for rank, doing in does.items() if doing != WAITING_FOR_WORKERS]
     found = f"After step {step}, the workers timed out waiting for each other: "
-    if IMAGES in does.values():
+    if WAITING_FOR_IMAGES in does.values():
         return f"{found}{', '.join(others)}. Its data tasks get no CPU (`ray status`), or the storage does not answer."
     if others:
         return f"{found}{', '.join(others)}. Look at its machine: at its GPU (`nvidia-smi`), memory and disk."
@@ -273,21 +275,21 @@ def raise_failure(actor: Any) -> None:
         raise failure
 
 
-def line(row: dict[str, Any], num_steps: int, epochs: float) -> str:
+def format_row(row: dict[str, Any], num_steps: int, epochs: float) -> str:
     """Return a row of metrics as a line of text: progress, speed, share of time waiting for data, loss, ETA.
 
     Args:
         epochs: epochs of the run. The last batch may go a little beyond them, which is not shown.
     """
     epoch = min(row["epoch"], epochs)
-    eta = duration(row["eta_s"]) if math.isfinite(row["eta_s"]) else "?"
+    eta = format_duration(row["eta_s"]) if math.isfinite(row["eta_s"]) else "?"
     return (
         f"step {row['step']:>5}/{num_steps}  epoch {epoch:5.1f}  {row['images_per_s']:6.0f} images/s  "
         f"waits {row['wait_share']:3.0%}  loss {row['loss']:7.4f}  ETA {eta}"
     )
 
 
-def step_line(step: int, num_steps: int, with_loss: int) -> str:
+def format_step(step: int, num_steps: int, with_loss: int) -> str:
     """Return a line of text for a step without a row of metrics: the first of a worker group, and later slow ones.
 
     Args:
@@ -296,14 +298,14 @@ def step_line(step: int, num_steps: int, with_loss: int) -> str:
     return f"step {step:>5}/{num_steps}  the next loss at step {with_loss}"
 
 
-def resuming(saved: int) -> str:
+def resume_hint(saved: int) -> str:
     """Return what the same command does when the newest checkpoint is of step `saved`; 0 for none."""
     if saved:
         return f"The same command resumes from the checkpoint of step {saved}."
     return "No checkpoint has been saved yet, so the same command begins again."
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,10 +14,11 @@ from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining, run_folder
 from raysl.errors import UserError
 from raysl.fields import Bounds, CheckedTop
-from raysl.ingestion import resolve
+from raysl.ingestion import open_or_ingest
 from raysl.ray_cluster.versions import versions
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
+from raysl.storage.records import as_json
 from raysl.training.launch import pretrain
 
 _log = logging.getLogger("raysl.training.reproduction")
@@ -45,13 +45,13 @@ class ReproduceConfig(CheckedTop):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between a repeated run and the first: ingredients (data, code, packages, workers) and numbers.
+    """What differs between a repeated run and the first: inputs (data, code, packages, workers) and results.
 
     `compared` names what was compared: "numbers" (rows of metrics), "weights" (a checkpoint of the last step), or both.
     """
 
-    ingredients: tuple[str, ...]
-    numbers: tuple[str, ...]
+    input_differences: tuple[str, ...]
+    result_differences: tuple[str, ...]
     steps: int
     run: Run
     compared: tuple[str, ...]
@@ -59,7 +59,7 @@ class Comparison:
     @property
     def same(self) -> bool:
         """True if all numbers are equal to the last bit."""
-        return not self.numbers
+        return not self.result_differences
 
 
 def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
@@ -77,7 +77,7 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         )
     newest = first.newest()
     steps = min(config.steps, newest.step) if config.steps else newest.step
-    at = checkpoint.of_step(first.checkpoints, steps)
+    at = checkpoint.checkpoint_of_step(first.checkpoints, steps)
     if at is None and not any(row["step"] <= steps for row in first.metrics()):
         raise _nothing(steps)
     metadata = first.metadata()
@@ -85,24 +85,24 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
     # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))
-    fingerprint = resolve(again.data).manifest.fingerprint
+    fingerprint = open_or_ingest(again.data).manifest.fingerprint
     if not _is_interrupted(again, steps, fingerprint):
         if not config.out:
             Folder(out).delete()  # The rest of an earlier comparison.
         elif Folder(out).exists(METADATA):
             raise UserError(f"--out is {out!r}, which already holds a run. Give a new folder.")
     run_folder.check_free(out, "--out")
-    ingredients = list(_ingredients(metadata, fingerprint))
-    for line in ingredients:
+    input_differences = list(_input_differences(metadata, fingerprint))
+    for line in input_differences:
         _log.info("differs: %s", line)
     second = pretrain(again, until=steps, local=config.local or None)
-    rows, numbers = _numbers(first, second, steps)
+    rows, differences = _metric_differences(first, second, steps)
     if not rows and at is None:
         raise _nothing(steps)
     if at is not None:
-        numbers += _weights(at, second.newest())
-    compared = ("numbers",) * bool(rows) + ("weights",) * (at is not None)
-    return Comparison(tuple(ingredients), tuple(numbers), steps, second, compared)
+        differences += _weights(at, second.newest())
+    compared = tuple(name for name, has in (("numbers", bool(rows)), ("weights", at is not None)) if has)
+    return Comparison(tuple(input_differences), tuple(differences), steps, second, compared)
 
 
 def _is_interrupted(again: Pretraining, steps: int, fingerprint: str) -> bool:
@@ -110,7 +110,7 @@ def _is_interrupted(again: Pretraining, steps: int, fingerprint: str) -> bool:
     begun = Run(Folder(again.run))
     if not begun.folder.exists(METADATA) or checkpoint.newest_step(begun.checkpoints) >= steps:
         return False
-    now = json.loads(json.dumps(versions()))
+    now = as_json(versions())
     metadata = begun.metadata()
     is_same = begun.config() == again and metadata["data"]["fingerprint"] == fingerprint
     return is_same and all({**session, **now} == session for session in metadata["sessions"])
@@ -123,12 +123,12 @@ def _nothing(steps: int) -> UserError:
     )
 
 
-def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
+def _input_differences(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
     """Return the differences of data, code and packages. Sessions of the first run may differ from each other."""
     found = []
     if metadata["data"]["fingerprint"] != fingerprint:
         found.append(f"data: fingerprint {metadata['data']['fingerprint'][:12]} then, {fingerprint[:12]} now")
-    now = dict(flattened(json.loads(json.dumps(versions()))))
+    now = dict(flattened(as_json(versions())))
     for number, session in enumerate(metadata["sessions"]):
         for name, value in flattened({key: session.get(key) for key in versions()}):
             if value != now.get(name):
@@ -139,7 +139,7 @@ def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
     return found
 
 
-def _numbers(first: Run, second: Run, steps: int) -> tuple[int, list[str]]:
+def _metric_differences(first: Run, second: Run, steps: int) -> tuple[int, list[str]]:
     """Return how many rows were compared, and for each metric that differs its first step and greatest difference."""
     theirs = {row["step"]: row for row in first.metrics() if row["step"] <= steps}
     found: dict[str, str] = {}

@@ -25,7 +25,7 @@ class Signals:
         self.received = threading.Event()
         self.number = signal.SIGINT
 
-    def ended(self, step: int) -> BaseException:
+    def exception(self, step: int) -> BaseException:
         """Return the exception that ends a run which was saved at `step`."""
         name = "Ctrl-C" if self.number == signal.SIGINT else self.number.name
         where = f"after step {step}, which is saved" if step else "before the first checkpoint"
@@ -39,7 +39,7 @@ class Signals:
 
 
 @contextmanager
-def caught(act: Callable[[], object]) -> Iterator[Signals]:
+def catch_stop_signals(act: Callable[[], object]) -> Iterator[Signals]:
     """During the block, record the first SIGINT, SIGTERM or SIGHUP and call `act`; the next one acts as it did before.
 
     Python runs signal handlers in the main thread only; in another thread nothing changes.

@@ -26,8 +26,8 @@ from raysl.communication import collective
 from raysl.config import Pretraining
 from raysl.contrastive.bank import MemoryBank
 from raysl.dataset import DataSet
-from raysl.errors import UserError, blamed
-from raysl.model import Model
+from raysl.errors import UserError, name_plugin_in_errors
+from raysl.model import Model, model_config
 from raysl.objectives import AfterEpoch, AfterStep, Alternates, Loss
 from raysl.ray_cluster.placement import Placement
 from raysl.rng import key
@@ -35,10 +35,19 @@ from raysl.run import METADATA, MetricsLog, Run
 from raysl.storage import StorageError
 from raysl.stream import shared
 from raysl.stream.plan import Plan
-from raysl.stream.reader import Batch, Source, Stream
-from raysl.training.progress_actor import IMAGES, OTHERS, SAVING, Progress, RemoteProgress, step_line
+from raysl.stream.reader import Batch, ColumnReader, Stream
+from raysl.training.progress_actor import (
+    SAVING,
+    WAITING_FOR_IMAGES,
+    WAITING_FOR_WORKERS,
+    Progress,
+    RemoteProgress,
+    format_step,
+)
 from raysl.training.stop_sync import StopSync
 
+# Longest time for an exchange between the workers; after it they begin again from the newest checkpoint.
+EXCHANGE_TIMEOUT_S = 1800
 # A slow step has a line of its own if the last line is older than so many seconds.
 _SILENT_S = 10.0
 OUT_OF_MEMORY = "A training worker ran out of GPU memory. Lower --batch-size, or use more GPUs (--workers)."
@@ -56,31 +65,29 @@ class Job:
     until: int | None = None  # the step to stop after, with a checkpoint; None for the end of the plan
     # Access to a stream that is shared with other runs; None if the run reads its own stream.
     subscriber: shared.Subscriber | None = None
-    timeout_s: int = 1800  # time for an exchange between the workers
-
-
-def to_build(config: Pretraining, run: Run) -> Pretraining:
-    """Return the configuration to build the model by: a run with a checkpoint needs no file of starting weights."""
-    resumes = bool(config.backbone.weights) and checkpoint.newest_step(run.checkpoints) > 0
-    return config.without_starting_weights() if resumes else config
+    timeout_s: int = EXCHANGE_TIMEOUT_S  # time for an exchange between the workers
 
 
 class Worker:
-    """One training worker: its model, optimiser, bank and stream (from Ray Data without `source`), and the step."""
+    """One training worker: its model, optimiser, bank and stream (from Ray Data without `reader`), and the step."""
 
     def __init__(
-        self, job: Job, device: torch.device, progress: Progress | None = None, source: Source | None = None
+        self,
+        job: Job,
+        device: torch.device,
+        progress: Progress | None = None,
+        reader: ColumnReader | None = None,
     ) -> None:
         self.job = job
         self.progress = progress or Progress()
-        self.source = source
+        self.reader = reader
         self.config = config = Pretraining.from_json(job.config)
         self.device = device
         if device.type == "cuda":
             _configure_cuda(config.deterministic)
         self.rank, self.world = collective.rank(), collective.world()
         self.plan = config.plan(job.dataset)
-        self.model = Model.of(to_build(config, job.run), job.dataset).to(device)
+        self.model = Model.of(model_config(config, job.run.checkpoints), job.dataset).to(device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = optim.build(config.optim, self.model)
@@ -102,10 +109,10 @@ class Worker:
         if self.rank == 0:
             step = checkpoint.newest_step(self.job.run.checkpoints)
             checkpoint.delete_after(self.job.run.checkpoints, step)
-        step = int(collective.total(torch.tensor(step, device=self.device)).item())
+        step = int(collective.total(torch.tensor(step, device=self.device)).item())  # The others add 0.
         if step == 0:
             return
-        chosen = checkpoint.of_step(self.job.run.checkpoints, step)
+        chosen = checkpoint.checkpoint_of_step(self.job.run.checkpoints, step)
         if chosen is None:
             raise self._not_found(f"checkpoint of step {step}")
         # A worker reads only its own rows of the bank.
@@ -132,7 +139,7 @@ class Worker:
             "step": self.step,
         }
 
-    @blamed()
+    @name_plugin_in_errors()
     def train(self) -> None:
         """Train from the restored step to the end of the job, or until the worker group is asked to stop.
 
@@ -151,17 +158,17 @@ class Worker:
                 log.flush()
 
     def _loop(self, log: MetricsLog | None) -> None:
-        saves = self.config.save.told()
+        saves = self.config.save.describe()
         lost_steps = 0 if log is None else self.progress.begin(self.step, self.world, log.reached, saves)
-        distributed = self.distributed()
+        distributed = self.wrapped_model()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
         queue = DeviceQueue(self.device)
         stop_sync = StopSync(self.step, self.progress.stop_requested, self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
-        told_s = -math.inf
-        self.progress.at(self.step, IMAGES)
+        last_line_s = -math.inf
+        self.progress.set_activity(self.step, WAITING_FOR_IMAGES)
         for batch in shared.batches(self._stream(), self.job.subscriber, self.step, end):
-            self.progress.at(self.step, OTHERS)
+            self.progress.set_activity(self.step, WAITING_FOR_WORKERS)
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
             loss = self.update(distributed, batch, lr)
             self.step += 1
@@ -174,24 +181,24 @@ class Worker:
             if last or self.step % self.config.log_every == 0:
                 row = meter.row(self.step, lr)
                 self._check(row["loss"])
-                told_s = time.monotonic()
+                last_line_s = time.monotonic()
                 if log is not None:
                     log.add(row)
                     self.progress.post(row)
-            elif log is not None and time.monotonic() - told_s > _SILENT_S:
-                told_s = time.monotonic()
+            elif log is not None and time.monotonic() - last_line_s > _SILENT_S:
+                last_line_s = time.monotonic()
                 with_loss = min(end, self.step - self.step % self.config.log_every + self.config.log_every)
-                self.progress.say(step_line(self.step, self.plan.num_steps, with_loss))
+                self.progress.say(format_step(self.step, self.plan.num_steps, with_loss))
             if last or self.saver.due(self.step, since_s):
                 self._check(*self._loss_and_finite(loss.loss))
                 if log is not None:
                     log.flush()
-                self.progress.at(self.step, SAVING)
+                self.progress.set_activity(self.step, SAVING)
                 self.save()
             if stops:
                 break
-            self.progress.at(self.step, IMAGES)
-        self.progress.at(self.step, SAVING)
+            self.progress.set_activity(self.step, WAITING_FOR_IMAGES)
+        self.progress.set_activity(self.step, SAVING)
         self.saver.wait()
 
     def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
@@ -226,7 +233,7 @@ class Worker:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
 
-    def distributed(self) -> nn.Module:
+    def wrapped_model(self) -> nn.Module:
         """Return the model to train: with synchronised BatchNorm, compiled and data-parallel, as configured."""
         if self.config.backbone.norm == "sync" and self.world > 1:
             norm.synchronise(self.model, self.device)
@@ -246,7 +253,7 @@ class Worker:
     def _stream(self) -> Stream:
         share = self.job.placement.share
         stream = self.model.stream(self.job.dataset, share, self.rank, self.world, self.device)
-        return replace(stream, source=self.source)
+        return replace(stream, reader=self.reader)
 
     def _loss_and_finite(self, loss: Tensor) -> list[float]:
         """Return the mean loss, and 1.0 if all weights are finite. A gradient of NaN leaves its own loss finite."""

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-from raysl.errors import UserError, install
+from raysl.errors import UserError, install_hint
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.space import Space
 
@@ -15,7 +15,7 @@ def check_installed(name: str) -> None:
     """Raise UserError for a searcher whose package is not installed."""
     if name == "optuna" and importlib.util.find_spec(name) is None:
         raise UserError(
-            f"--searcher optuna needs the package optuna, which is not installed. {install('search')} --searcher "
+            f"--searcher optuna needs the package optuna, which is not installed. {install_hint('search')} --searcher "
             "random does not need it."
         )
 

@@ -40,7 +40,7 @@ _log = logging.getLogger("raysl.tuning")
 COMPARE_WITH_EARLIER = (FIFOScheduler, ASHAScheduler, MedianStoppingRule)
 
 # Errors of a trial's actors between two results that it may survive. A lost machine may cause two errors.
-MAX_CRASHES = 6
+MAX_TRIAL_CRASHES = 6
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -106,7 +106,7 @@ class OrderedScheduler(TrialScheduler):  # type: ignore[misc]
         self.record = record
         self.at_once = at_once
         self.trials: list[_TrialState] = []
-        self.given_up: dict[Trial, Any] = {}
+        self.to_requeue: dict[Trial, Any] = {}
         self._controller: Any = None
         self._seed = seed
         self._compares_all = type(inner) not in COMPARE_WITH_EARLIER
@@ -120,7 +120,7 @@ class OrderedScheduler(TrialScheduler):  # type: ignore[misc]
         if self._controller is not None:
             self._controller._actor_manager.cleanup()
 
-    def busy(self) -> int:
+    def num_runnable(self) -> int:
         """Return the number of trials that run or that could continue now."""
         return sum(not state.outcome and (state.active or state.may_continue) for state in self.trials)
 
@@ -166,18 +166,20 @@ class OrderedScheduler(TrialScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         n = _number(trial)
-        if trial in self.given_up:  # `choose_trial_to_run` queues it again, and Ray Tune then calls this too.
+        if (
+            trial in self.to_requeue
+        ):  # `choose_trial_to_run` queues it again, and Ray Tune then calls this too.
             return
         reason, error = _failure(trial)
         if isinstance(error, StorageError):  # The trial is not at fault, and the others would fail too.
             raise error
         self.trials[n].crashes += 1
-        if self.trials[n].crashes <= MAX_CRASHES and error is None:
+        if self.trials[n].crashes <= MAX_TRIAL_CRASHES and error is None:
             _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", n, reason)
             # If Ray Tune queues the trial again, it has set this status by now. Otherwise it gives the trial up: a
             # second error of the lost actor, such as that of its checkpoint, has reached a trial in the queue.
             if trial.status != Trial.ERROR:
-                self.given_up[trial] = tune_controller
+                self.to_requeue[trial] = tune_controller
             return
         self.trials[n].failed = True
         self.record({"event": "failed", "trial": n, "reason": reason})
@@ -191,9 +193,9 @@ class OrderedScheduler(TrialScheduler):  # type: ignore[misc]
             self.inner.on_trial_remove(_ControllerView(self, tune_controller), trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        for trial, controller in self.given_up.items():
+        for trial, controller in self.to_requeue.items():
             controller._requeue_trial(trial)
-        self.given_up.clear()
+        self.to_requeue.clear()
         self._deliver_due(tune_controller)
         paused = [state for state in self.trials if state.may_continue]
         if paused and sum(state.active for state in self.trials) < self.at_once:

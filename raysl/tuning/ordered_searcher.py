@@ -64,9 +64,9 @@ class OrderedSearcher(Searcher):  # type: ignore[misc]
         n, scheduler = len(self.numbers), self._scheduler
         if n >= scheduler.num_trials:
             # If the search ended now, Ray Tune would start a new actor whenever a paused trial continues.
-            ended = all(state.trial.is_finished() for state in scheduler.trials) and not scheduler.given_up
+            ended = all(state.trial.is_finished() for state in scheduler.trials) and not scheduler.to_requeue
             return str(Searcher.FINISHED) if ended else None
-        values = None if scheduler.busy() >= scheduler.at_once else self._propose(n)
+        values = None if scheduler.num_runnable() >= scheduler.at_once else self._propose(n)
         if values is None:
             return None
         if self._known.get(n, values) != values:

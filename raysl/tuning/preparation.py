@@ -15,10 +15,10 @@ from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, run_folder
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
-from raysl.evaluation.apart import check_apart
 from raysl.evaluation.evaluate import check_data, probe
 from raysl.evaluation.options import ProbeConfig
-from raysl.ingestion import resolve
+from raysl.evaluation.train_test_overlap import refuse_same_images
+from raysl.ingestion import open_or_ingest
 from raysl.ingestion.subset import part
 from raysl.model import Model
 from raysl.probes import common_labels
@@ -30,7 +30,7 @@ from raysl.storage import Folder
 from raysl.tuning import algorithms
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.results import described
-from raysl.tuning.space import Space, Values, configured, space
+from raysl.tuning.space import Space, Values, apply_values, space
 
 # Without --validation, one labelled image in ten is held out, if the labelled data take no more bytes than this.
 _HELD_OUT = 10
@@ -38,7 +38,7 @@ _MAX_COPY_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Task:
+class TrialContext:
     """What all trials of a sweep share. Picklable."""
 
     base: Pretraining  # configuration of every run, except what varies, the seed and the folder
@@ -98,7 +98,7 @@ class Task:
         return max(1, round(self.shares[rung] * config.plan(self.images).num_steps)) if rung >= 0 else 0
 
     def scored(
-        self, run: Run, judged: DataSet, encoders: Sequence[str], name: str, **how: Any
+        self, run: Run, eval_set: DataSet, encoders: Sequence[str], name: str, **how: Any
     ) -> list[dict[str, Any]]:
         """Probe a run and return the rows of the primary metric.
 
@@ -107,7 +107,7 @@ class Task:
         cache = run.folder / f"features-{name}"
         try:
             rows = probe(
-                run, self.train, judged, probes=(self.probe,), encoders=tuple(encoders), cache=cache, **how
+                run, self.train, eval_set, probes=(self.probe,), encoders=tuple(encoders), cache=cache, **how
             )
         finally:
             cache.delete()
@@ -127,18 +127,18 @@ class PreparedSweep:
     space: Space
     num_trials: int
     test: DataSet | None
-    task: Task
+    context: TrialContext
 
     def point(self) -> Callable[[int], Values] | None:
         """Return the values of a trial as a function of its number; None where they depend on scores."""
         if self.config.searcher == "grid":
             return self.space.grid().__getitem__
         if self.config.searcher == "random":
-            return lambda trial: self.space.drawn(self.config.seed, trial)
+            return lambda trial: self.space.sample(self.config.seed, trial)
         return None
 
 
-def check(base: Pretraining, config: SweepConfig) -> tuple[Space, list[Values]]:
+def check_and_list_points(base: Pretraining, config: SweepConfig) -> tuple[Space, list[Values]]:
     """Return the space of a sweep, and the points at which it is checked; needs neither Ray nor data.
 
     The points are those of all trials, if they are known before the sweep begins; otherwise corners of the space.
@@ -159,7 +159,7 @@ def check(base: Pretraining, config: SweepConfig) -> tuple[Space, list[Values]]:
     if config.searcher == "grid":
         points = space_.grid()
     elif config.searcher == "random" and config.scheduler != "pbt":
-        points = [space_.drawn(config.seed, trial) for trial in range(config.samples)]
+        points = [space_.sample(config.seed, trial) for trial in range(config.samples)]
     else:
         points = list(space_.corners())
     check_points(base, points)
@@ -168,21 +168,21 @@ def check(base: Pretraining, config: SweepConfig) -> tuple[Space, list[Values]]:
 
 def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
     """Check a sweep and divide the cluster among its runs. Raise UserError if it cannot run."""
-    space_, points = check(base, config)
+    space_, points = check_and_list_points(base, config)
     num_trials = len(space_.grid()) if config.searcher == "grid" else config.samples
-    task, test = make_task(base, config, points, num_trials, config.shares())
+    context, test = make_trial_context(base, config, points, num_trials, config.shares())
     # Only population based training copies checkpoints.
-    task = replace(task, keep_rungs=config.scheduler == "pbt")
-    return PreparedSweep(config, space_, num_trials, test, task)
+    context = replace(context, keep_rungs=config.scheduler == "pbt")
+    return PreparedSweep(config, space_, num_trials, test, context)
 
 
-def make_task(
+def make_trial_context(
     base: Pretraining,
     config: SweepConfig,
     points: Sequence[Values],
     num_trials: int,
     shares: tuple[float, ...],
-) -> tuple[Task, DataSet | None]:
+) -> tuple[TrialContext, DataSet | None]:
     """Start Ray, open the data, and return what all trials share, and the test images if there are any.
 
     Raises:
@@ -190,13 +190,13 @@ def make_task(
     """
     ray_cluster.start()
     shared_paths.refuse_local({"--out": config.out})
-    images = resolve(base.data)
-    labelled = resolve(config.train) if config.train else images
-    given = resolve(config.validation) if config.validation else None
-    test = resolve(config.test) if config.test else None
-    for judged in filter(None, (given, test)):
-        common_labels(labelled, judged)
-        check_apart([config.probe], labelled, judged)
+    images = open_or_ingest(base.data)
+    labelled = open_or_ingest(config.train) if config.train else images
+    given = open_or_ingest(config.validation) if config.validation else None
+    test = open_or_ingest(config.test) if config.test else None
+    for eval_set in filter(None, (given, test)):
+        common_labels(labelled, eval_set)
+        refuse_same_images([config.probe], labelled, eval_set)
     if test and given and test.manifest.fingerprint == given.manifest.fingerprint:
         raise UserError(
             f"--validation is {config.validation!r} and --test is {config.test!r}, which hold the same images. Trials "
@@ -209,7 +209,7 @@ def make_task(
     check_data(ProbeConfig((config.probe,)).ready(), train, validation)
     base = replace(base, data=str(images.folder))
     where = images, str(Folder(config.out)), train, validation
-    return Task(base, *where, config.probe, config.seeds, shares, *shared), test
+    return TrialContext(base, *where, config.probe, config.seeds, shares, *shared), test
 
 
 def check_workers(base: Pretraining) -> None:
@@ -254,7 +254,7 @@ def check_points(base: Pretraining, points: Iterable[Values], images: DataSet | 
     backbones: set[BackboneConfig] = set()
     for values in points:
         try:
-            config = configured(base, values)
+            config = apply_values(base, values)
             if images is not None:
                 config.plan(images)
                 # Each backbone is built once.
@@ -295,7 +295,7 @@ def share(
 
     def placed(count: int) -> Placement:
         try:
-            return cluster_placement.place(count * workers, found, gpus_per_worker)
+            return cluster_placement.make_placement(count * workers, found, gpus_per_worker)
         except UserError as error:
             raise UserError(
                 f"{counted(count, 'run')} at a time with {counted(workers, 'worker')} each: {error}"

@@ -17,7 +17,7 @@ from raysl.evaluation.results import margin
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME, Journal
-from raysl.tuning.space import Dimension, Space, Values, configured
+from raysl.tuning.space import Dimension, Space, Values, apply_values
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -59,7 +59,7 @@ class SweepResults:
         return Pretraining.stored({**self.journal.header["base"], "run": "-"}, str(self.journal.folder))
 
     @property
-    def judged_on(self) -> str:
+    def validation_uri(self) -> str:
         """The URI of the images that trials are compared on. Sweeps of raysl 0.1 have only test images."""
         uris = self.journal.header["uris"]
         return str(uris.get("validation", uris.get("test")))
@@ -72,11 +72,11 @@ class SweepResults:
         return "validation" not in header["uris"] or source.endswith("#test")
 
     @property
-    def judged(self) -> str:
+    def validation_description(self) -> str:
         """What the images are that trials are compared on, in words."""
-        uris = self.journal.header["uris"]
-        source = self.journal.header.get("sources", {}).get("validation") or self.judged_on.rpartition("/")[2]
-        held_out = self.judged_on.endswith("/images/validation") and uris["train"].endswith("/images/learn")
+        uri, uris = self.validation_uri, self.journal.header["uris"]
+        source = self.journal.header.get("sources", {}).get("validation") or uri.rpartition("/")[2]
+        held_out = uri.endswith("/images/validation") and uris["train"].endswith("/images/learn")
         kind = "test" if self.chosen_on_test else "held-out validation" if held_out else "validation"
         return f"{kind} images ({source})"
 
@@ -141,9 +141,9 @@ class SweepResults:
         if best is None:
             return None
         values = self.values(best, self.num_rungs - 1)
-        return dataclasses.replace(configured(self.base, values), seed=self.config.seeds[0])
+        return dataclasses.replace(apply_values(self.base, values), seed=self.config.seeds[0])
 
-    def by_chance(self) -> tuple[int, float, float] | None:
+    def expected_lead_by_chance(self) -> tuple[int, float, float] | None:
         """Return how far the best of equally good trials would be ahead; None for fewer than two, or with one seed.
 
         Returns:
@@ -226,10 +226,10 @@ def _known(kind: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def described(values: Mapping[str, Any]) -> str:
     """Return a point in one line."""
-    return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
+    return ", ".join(f"{name}={format_sweep_value(value)}" for name, value in values.items())
 
 
-def shown(value: Any) -> str:
+def format_sweep_value(value: Any) -> str:
     """Return a value as it can be typed on the command line."""
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
@@ -244,7 +244,7 @@ def lead(results: SweepResults) -> str:
         return f"All {len(means)} finished trials have the same score."
     ahead = max(means) - mean(means)
     text = f"Trial {best} is {number(ahead)} ahead of the mean of the {len(means)} finished trials"
-    found = results.by_chance()
+    found = results.expected_lead_by_chance()
     if found is None:
         return f"{text}; this may be chance, which trials of one seed cannot show."
     _, deviation, gap = found
@@ -292,7 +292,7 @@ def render(results: SweepResults) -> RenderableType:
 
     rows, probe, names = results.rows(), results.config.probe, results.space.names
     why = Text("\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"]))
-    title = Text(f"{len(rows)} trials by {probe} on {results.judged}")
+    title = Text(f"{len(rows)} trials by {probe} on {results.validation_description}")
     made = Table(title=title, box=box.SIMPLE, caption=why, caption_justify="left", padding=0)
     shorts = [name.rpartition(".")[2] for name in names]
     fields = [n if shorts.count(s) > 1 else s for n, s in zip(names, shorts, strict=True)]
@@ -301,7 +301,10 @@ def render(results: SweepResults) -> RenderableType:
     made.add_column("")
 
     for row in rows:
-        values = [f"{v:.3g}" if isinstance(v, float) else shown(v) for v in (row["values"][n] for n in names)]
+        values = [
+            f"{v:.3g}" if isinstance(v, float) else format_sweep_value(v)
+            for v in (row["values"][n] for n in names)
+        ]
         epoch, scores = f"{results.base.epochs * row['share']:.3g}", (row["score"], row["spread"])
         made.add_row(str(row["trial"]), *values, *map(number, scores), epoch, row["state"])
     blank = [""] * (1 + len(names))

@@ -15,9 +15,9 @@ import ray
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.stream.reader import Stream
-from raysl.stream.shared import Subscriber, start_actors, union, view_keys
-from raysl.tuning.preparation import PreparedSweep, Task, light_model
-from raysl.tuning.space import Values, configured
+from raysl.stream.shared import Subscriber, merge_streams, start_actors, view_keys
+from raysl.tuning.preparation import PreparedSweep, TrialContext, light_model
+from raysl.tuning.space import Values, apply_values
 
 # Fields that change which images a step takes or how long it lasts, so that fast runs would wait for slow ones.
 _PREVENT_SHARING = ("batch_size", "backbone", "precision")
@@ -42,27 +42,27 @@ def why_not_shared(prepared: PreparedSweep) -> str:
     """Return why no two runs of a sweep will share a stream; "" where some may."""
     if not prepared.config.share_stream:
         return "--no-share-stream"
-    if prepared.task.base.stream.decode == "gpu":
+    if prepared.context.base.stream.decode == "gpu":
         return "the trainers decode"
-    if prepared.task.trials_at_once == 1:
+    if prepared.context.trials_at_once == 1:
         return "one trial runs at a time"
     if all(name.partition(".")[0] in _PREVENT_SHARING for name in prepared.space.names):
         return f"trials differ in {' and '.join(prepared.space.names)}"
     return ""
 
 
-def open_broker(task: Task, points: Sequence[Values]) -> Any:
+def open_broker(context: TrialContext, points: Sequence[Values]) -> Any:
     """Start the broker of a sweep, on the machine of the driver. `points` has the values of the trials, if known."""
     here = ray.get_runtime_context().get_node_id()
     local = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=local)(StreamBroker).remote(task, points)
+    return ray.remote(num_cpus=0, scheduling_strategy=local)(StreamBroker).remote(context, points)
 
 
 class StreamBroker:
     """The streams that runs of a sweep share at the moment."""
 
-    def __init__(self, task: Task, points: Sequence[Values]) -> None:
-        self._task = task
+    def __init__(self, context: TrialContext, points: Sequence[Values]) -> None:
+        self._context = context
         self._points = points
         self._streams: list[_SharedStream] = []
 
@@ -78,14 +78,14 @@ class StreamBroker:
             if suits and _register(shared, run, start):
                 shared.runs.add(run)
                 return Subscriber(run, shared.actors, own)
-        soon = self._points[trial + 1 : trial + self._task.trials_at_once]
-        upcoming = [replace(configured(self._task.base, point), seed=config.seed) for point in soon]
+        soon = self._points[trial + 1 : trial + self._context.trials_at_once]
+        upcoming = [replace(apply_values(self._context.base, point), seed=config.seed) for point in soon]
         others = [self._stream(other) for other in upcoming if self._key(other, until) == key]
         if not others:
             return None
         streams = [stream, *others]
         shared = _SharedStream(
-            key, frozenset(union(streams).views), start_actors(streams, start, until), {run}
+            key, frozenset(merge_streams(streams).views), start_actors(streams, start, until), {run}
         )
         self._streams.append(shared)
         _register(shared, run, start)
@@ -101,15 +101,15 @@ class StreamBroker:
         self._streams = [shared for shared in self._streams if shared.runs]
 
     def _key(self, config: Pretraining, until: int) -> _StreamKey:
-        plan = config.plan(self._task.images)
+        plan = config.plan(self._context.images)
         order = plan.batch_size, plan.seed, plan.num_steps
         return *order, until, config.stream.place, config.backbone, config.precision
 
     def _stream(self, config: Pretraining) -> Stream:
         """Return the stream that a run would have."""
-        images, workers = self._task.images, self._task.base.worker_counts()[0]
+        images, workers = self._context.images, self._context.base.worker_counts()[0]
         model = light_model(config, images)
-        return model.stream(images, self._task.placement.share, 0, workers)
+        return model.stream(images, self._context.placement.share, 0, workers)
 
 
 def _register(shared: _SharedStream, run: str, start: int) -> bool:

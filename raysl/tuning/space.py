@@ -43,16 +43,16 @@ class Dimension:
         tried = ", ".join(map(str, self.values)) or f"{self.low:g} to {self.high:g}"
         return f"{self.name} {tried}"
 
-    def at(self, share: float) -> Any:
-        """Return the value at a share in 0..1 of the way."""
+    def interpolate(self, fraction: float) -> Any:
+        """Return the value at a fraction in 0..1 of the way."""
         if self.values:
-            return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+            return self.values[min(int(fraction * len(self.values)), len(self.values) - 1)]
         # Each whole number has an interval of its own, so that the ends are as likely as the others.
         low, high = self.low, self.high + self.whole
         if self.log:
-            value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+            value = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
         else:
-            value = low + share * (high - low)
+            value = low + fraction * (high - low)
         return self.rounded(math.floor(value + 1e-9) if self.whole else value)
 
     def rounded(self, value: float) -> float:
@@ -87,14 +87,16 @@ class Space:
         rows = itertools.product(*(dimension.values for dimension in self.dimensions))
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
-    def drawn(self, seed: int, trial: int) -> Values:
+    def sample(self, seed: int, trial: int) -> Values:
         """Return the point of a trial of a random search. It depends on the seed and the number of the trial only."""
         shares = rng.generator(seed, "sweep", trial).random(len(self.dimensions))
-        return {d.name: d.at(float(share)) for d, share in zip(self.dimensions, shares, strict=True)}
+        return {d.name: d.interpolate(float(share)) for d, share in zip(self.dimensions, shares, strict=True)}
 
     def corners(self) -> Iterator[Values]:
         """Yield points with the ends of all intervals and all choices; see `corners`."""
-        return corners({d.name: d.values or (d.at(0.0), d.at(1.0)) for d in self.dimensions})
+        return corners(
+            {d.name: d.values or (d.interpolate(0.0), d.interpolate(1.0)) for d in self.dimensions}
+        )
 
     def mutations(self) -> dict[str, Any]:
         """Return the space as PopulationBasedTraining takes it."""
@@ -115,7 +117,7 @@ def corners(ends: Mapping[str, Sequence[Any]]) -> Iterator[Values]:
         yield dict(zip(ends, values, strict=True))
 
 
-def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
+def apply_values(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
     """Return the base configuration with values of Ray Tune for some fields, by dotted or short names.
 
     Raises:
@@ -138,7 +140,7 @@ def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
         node = tree["parts"] if groups and groups[0] in parts else tree
         for group in groups:
             node = node.setdefault(group, {})
-        node[last] = _fitting(name, known[name], value)
+        node[last] = _as_field_type(name, known[name], value)
         seen.append(name)
     _refuse_repeats(seen)
     return Pretraining.from_json(tree)
@@ -270,7 +272,7 @@ def _dimension(name: str, hint: Any, text: str | None, listed: bool) -> Dimensio
             )
         numbers = [value for value in values if value is not None]
         # Workers divide a batch evenly, so its size is one of a list.
-        if not listed and name != "batch_size" and all(map(_is_number, numbers)):
+        if not listed and name != "batch_size" and all(map(fields.is_number, numbers)):
             return _interval(name, hint, min(numbers), max(numbers))
     elif ".." in text and fields.has_type(0, hint):
         if name == "batch_size":
@@ -293,7 +295,7 @@ def _dimension(name: str, hint: Any, text: str | None, listed: bool) -> Dimensio
 
 
 def _interval(name: str, hint: Any, low: Any, high: Any) -> Dimension:
-    if not (_is_number(low) and _is_number(high) and low < high):
+    if not (fields.is_number(low) and fields.is_number(high) and low < high):
         raise UserError(
             f"The range {low}..{high} of {name!r} is empty. Give two numbers, the lower one first."
         )
@@ -301,18 +303,14 @@ def _interval(name: str, hint: Any, low: Any, high: Any) -> Dimension:
     return Dimension(name, (), low, high, whole, own.log and low > 0, own.mutable)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _fitting(name: str, hint: Any, value: Any) -> Any:
+def _as_field_type(name: str, hint: Any, value: Any) -> Any:
     """Return a value that Ray Tune has resolved, as a plain Python value of the field's type."""
     value = value.item() if isinstance(value, np.generic) else value
     if callable(value):
         raise UserError(
             f"The value of {name!r} is a function. Give a value, or a domain such as tune.uniform(low, high)."
         )
-    if _is_number(value) and not fields.has_type(value, hint):
+    if fields.is_number(value) and not fields.has_type(value, hint):
         if not math.isfinite(value) or value != int(value):
             raise UserError(
                 f"The field {name!r} takes whole numbers and was given {value}. Use tune.randint or tune.choice."
@@ -329,5 +327,5 @@ def _parsed(name: str, hint: Any, text: str) -> Any:
         read.insert(0, ast.literal_eval(text))
     for value in read:
         if text and fields.has_type(value, hint):
-            return float(value) if _is_number(value) and fields.has_type(0.5, hint) else value
+            return float(value) if fields.is_number(value) and fields.has_type(0.5, hint) else value
     raise UserError(f"The value {text!r} of {name!r} is not allowed: it must be {fields.described(hint)}.")

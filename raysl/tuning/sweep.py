@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import threading
@@ -22,11 +21,12 @@ from raysl.errors import UserError, counted
 from raysl.run import Run
 from raysl.storage import Folder, filesystem
 from raysl.storage.lock import DriverLock
-from raysl.training.progress_actor import duration
+from raysl.storage.records import as_json
+from raysl.training.progress_actor import format_duration
 from raysl.tuning import algorithms
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
-from raysl.tuning.preparation import PreparedSweep, Task, prepare
+from raysl.tuning.preparation import PreparedSweep, TrialContext, prepare
 from raysl.tuning.results import SweepResults
 from raysl.tuning.space import Space
 
@@ -58,14 +58,14 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
             "%s, each with seed %s, %s at a time; scored by %s after %s %s.",
             counted(prepared.num_trials, "trial"),
             " and ".join(map(str, config.seeds)),
-            counted(prepared.task.trials_at_once * prepared.task.seeds_at_once, "run"),
+            counted(prepared.context.trials_at_once * prepared.context.seeds_at_once, "run"),
             config.probe,
             "epoch" if epochs == ["1"] else "epochs",
             ", ".join(epochs),
         )
         _log.info("Tried: %s.", "; ".join(map(str, prepared.space.dimensions)))
         _run(prepared, journal)
-        _score_extras(prepared, journal)
+        _score_baselines_and_test(prepared, journal)
         rows = SweepResults(journal).rows()
         journal.folder.write_json("table.json", rows)
     return rows
@@ -73,19 +73,19 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
 
 def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     """Write the first row of the journal. Raise UserError if it is there and describes another sweep."""
-    config, task = prepared.config, prepared.task
-    data = {"images": task.images, "train": task.train, "validation": task.validation}
+    config, context = prepared.config, prepared.context
+    data = {"images": context.images, "train": context.train, "validation": context.validation}
     header = {
         "event": "sweep",
         "format": FORMAT,
         "config": {name: value for name, value in asdict(config).items() if name not in config.may_change()},
         "space": [asdict(dimension) for dimension in prepared.space.dimensions],
-        "base": {name: value for name, value in task.base.to_json().items() if name != "run"},
+        "base": {name: value for name, value in context.base.to_json().items() if name != "run"},
         "data": {name: dataset.manifest.fingerprint for name, dataset in data.items()},
         "uris": {name: str(dataset.folder) for name, dataset in data.items()},
         "sources": {name: dataset.manifest.source for name, dataset in data.items()},
     }
-    header = json.loads(json.dumps(header))
+    header = as_json(header)
     if not journal.rows:
         journal.add(header)
         return
@@ -98,8 +98,8 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     fields = header["space"][0]
     dimensions = [{name: row[name] for name in row if name in fields} for row in journal.header["space"]]
     # A field that is newer than the sweep had its default.
-    defaults = json.loads(json.dumps(Pretraining("", "", method=task.base.method).to_json()))
-    begun = _filled(journal.header["base"], {name: defaults[name] for name in header["base"]})
+    defaults = as_json(Pretraining("", "", method=context.base.method).to_json())
+    begun = _with_defaults(journal.header["base"], {name: defaults[name] for name in header["base"]})
     names = differences({**journal.header, "space": dimensions, "base": begun}, header)
     base = {name for name in names if name.startswith("base.") and may_change(name.removeprefix("base."))}
     changed = [name for name in names if name not in base and not name.startswith(("uris.", "sources."))]
@@ -110,12 +110,12 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
         )
 
 
-def _filled(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON value with the fields that it lacks, also of the values inside."""
     made = {**defaults, **value}
     for key, inner in defaults.items():
         if isinstance(inner, Mapping) and isinstance(value.get(key), Mapping):
-            made[key] = _filled(value[key], inner)
+            made[key] = _with_defaults(value[key], inner)
     return made
 
 
@@ -127,18 +127,18 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
     from raysl.tuning.ordered_searcher import OrderedSearcher
     from raysl.tuning.trainable import trainable
 
-    config, task = prepared.config, _with_history(prepared, journal)
-    inner = algorithms.scheduler(config, prepared.space, task.times)
+    config, context = prepared.config, _context_with_journal(prepared, journal)
+    inner = algorithms.scheduler(config, prepared.space, context.times)
     record = _Recorder(prepared, journal)
-    scheduler = OrderedScheduler(inner, prepared.num_trials, record, task.trials_at_once, config.seed)
+    scheduler = OrderedScheduler(inner, prepared.num_trials, record, context.trials_at_once, config.seed)
     known = {row["trial"]: row["values"] for row in journal.of("trial") if row["rung"] == 0}
     source = prepared.point() or algorithms.searcher(config)
     searcher = OrderedSearcher(source, scheduler, config.lag, config.seed, known)
     # Ray Tune starts from nothing; the journal holds all that a sweep needs to continue.
     journal.folder.delete(_TUNE)
     try:
-        with _messages_logged(task.messages):
-            fit(trainable(task), prepared.space, scheduler, searcher, journal.folder, _TUNE)
+        with _messages_logged(context.messages):
+            fit(trainable(context), prepared.space, scheduler, searcher, journal.folder, _TUNE)
     except TuneError as error:  # Ray Tune wraps what its callbacks and schedulers raise.
         raise ray_cluster.user_error(error) or error from error
 
@@ -163,7 +163,7 @@ def fit(
     def number(trial: Any) -> str:
         return f"{searcher.numbers[trial.trial_id]:04d}"
 
-    store, path = filesystem(str(folder), patience_s=90)
+    store, path = filesystem(str(folder), retry_s=90)
     settings = {
         "TUNE_MAX_PENDING_TRIALS_PG": str(scheduler.at_once),
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -230,14 +230,14 @@ def _messages_logged(messages: Any) -> Iterator[None]:
         thread.join()
 
 
-def _with_history(prepared: PreparedSweep, journal: Journal) -> Task:
+def _context_with_journal(prepared: PreparedSweep, journal: Journal) -> TrialContext:
     """Return what the trials share, with the results of earlier sessions and the actors of this session."""
     from ray.util.queue import Queue
 
     from raysl.tuning.shared_streams import open_broker, why_not_shared
 
-    task, point, why = prepared.task, prepared.point(), why_not_shared(prepared)
-    if task.trials_at_once > 1:
+    context, point, why = prepared.context, prepared.point(), why_not_shared(prepared)
+    if context.trials_at_once > 1:
         shared = f"Each run reads a stream of its own: {why}." if why else "Concurrent runs share one stream."
         _log.info("%s", shared)
     points = [point(n) for n in range(prepared.num_trials)] if point else []
@@ -247,10 +247,10 @@ def _with_history(prepared: PreparedSweep, journal: Journal) -> Task:
         for (trial, rung), found in itertools.groupby(rows, lambda row: (row["trial"], row["rung"]))
     }
     return replace(
-        task,
-        known={key: found for key, found in known.items() if len(found) == len(task.seeds)},
+        context,
+        known={key: found for key, found in known.items() if len(found) == len(context.seeds)},
         failures={f"{trial:04d}": reason for trial, reason in journal.failures().items()},
-        broker=None if why else open_broker(task, points),
+        broker=None if why else open_broker(context, points),
         messages=Queue(actor_options={"num_cpus": 0}),
     )
 
@@ -273,7 +273,7 @@ class _Recorder:
             self._log(trial, f"failed: {row['reason']}")
         elif row["event"] == "score" and (scores := SweepResults(journal).by_seed(trial, row["rung"])):
             config = self._prepared.config
-            epoch = self._prepared.task.base.epochs * config.shares()[row["rung"]]
+            epoch = self._prepared.context.base.epochs * config.shares()[row["rung"]]
             self._log(trial, f"{config.probe} {mean(scores):.4f} at epoch {epoch:.3g}")
 
     def _log(self, trial: int, what: str) -> None:
@@ -288,7 +288,7 @@ class _Recorder:
 
     def _eta(self, results: SweepResults) -> str:
         """Return the time left if every trial that can continue continues to the end."""
-        task, rows = self._prepared.task, results.scores.values()
+        context, rows = self._prepared.context, results.scores.values()
         shares = (0.0, *results.config.shares())
         done = sum(shares[row["rung"] + 1] - shares[row["rung"]] for row in rows)
         if not done:
@@ -296,25 +296,25 @@ class _Recorder:
         running = [n for n in results.trials if results.state(n) == "running"]
         left = float(self._prepared.num_trials - len(results.trials))
         left += sum(1.0 - shares[len(results.means(n))] for n in running)
-        seconds = sum(row["seconds"] for row in rows) / done * left * len(task.seeds)
-        return f"at most {duration(seconds / (task.trials_at_once * task.seeds_at_once))}"
+        seconds = sum(row["seconds"] for row in rows) / done * left * len(context.seeds)
+        return f"at most {format_duration(seconds / (context.trials_at_once * context.seeds_at_once))}"
 
 
-def _score_extras(prepared: PreparedSweep, journal: Journal) -> None:
+def _score_baselines_and_test(prepared: PreparedSweep, journal: Journal) -> None:
     """Score the baselines on the images that trials were compared on, and the chosen trial once on the test images."""
-    results, task = SweepResults(journal), prepared.task
+    results, context = SweepResults(journal), prepared.context
     best = results.best()
     if best is None:
         return
     wanted: list[tuple[str, DataSet, tuple[str, ...], int | None]]
-    wanted = [("baseline", task.validation, ("random", "pixels"), None)]
+    wanted = [("baseline", context.validation, ("random", "pixels"), None)]
     if prepared.test is not None:
         wanted.append(("test", prepared.test, ("trained", "random", "pixels"), best))
-    for seed, (event, judged, encoders, chosen) in itertools.product(task.seeds, wanted):
-        about = {"seed": seed, "chosen": chosen, "images": judged.manifest.fingerprint}
+    for seed, (event, eval_set, encoders, chosen) in itertools.product(context.seeds, wanted):
+        about = {"seed": seed, "chosen": chosen, "images": eval_set.manifest.fingerprint}
         there = [row["encoder"] for row in journal.of(event) if about.items() <= row.items()]
         if not (left := [encoder for encoder in encoders if encoder not in there]):
             continue
         run = Run(journal.folder / results.scores[best, seed, results.num_rungs - 1]["run"])
-        for row in task.scored(run, judged, left, "baselines"):
+        for row in context.scored(run, eval_set, left, "baselines"):
             journal.add({"event": event, **about, "encoder": row["encoder"], "score": float(row["value"])})

@@ -31,11 +31,12 @@ from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.run import Run
 from raysl.storage import Folder
+from raysl.storage.records import as_json
 from raysl.training.launch import pretrain
 from raysl.tuning import preparation
 from raysl.tuning.config import SweepConfig
-from raysl.tuning.preparation import Task
-from raysl.tuning.space import Values, configured, corners, domain_ends
+from raysl.tuning.preparation import TrialContext
+from raysl.tuning.space import Values, apply_values, corners, domain_ends
 
 _RECORD = "raysl-trial.json"
 # Ray Tune logs failures in one line each, and its actors stay in the folder of the driver.
@@ -44,18 +45,18 @@ SETTINGS = {"TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 _METRICS = ("score", "loss", "rung", "t", "epoch")
 
 
-class Trial(tune.Trainable):  # type: ignore[misc]
+class PretrainTrainable(tune.Trainable):  # type: ignore[misc]
     """A trial: its values, its rung, and the folder of its runs.
 
-    Subclasses set `task`; see `trainable`. Every result has "score" (mean over seeds, higher is better), "rung" (from
-    1), "t" (whole number proportional to the share of the schedule), "epoch", "loss" and "runs" (a row for each seed,
-    as JSON).
+    Subclasses set `context`; see `trainable`. Every result has "score" (mean over seeds, higher is better), "rung"
+    (from 1), "t" (whole number proportional to the share of the schedule), "epoch", "loss" and "runs" (a row for each
+    seed, as JSON).
     """
 
-    task: Task
+    context: TrialContext
 
     def setup(self, config: Values) -> None:
-        if self.task.messages is not None:
+        if self.context.messages is not None:
             logger = logging.getLogger("raysl")
             logger.handlers = [_Forward(self)]
             logger.setLevel(logging.INFO)
@@ -80,64 +81,70 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         """Continue from a record; from another trial's, or with other values, in a copy of its runs."""
         record = json.loads((Path(checkpoint_dir) / _RECORD).read_text())
         self._rung = record["rung"]
-        if record["trial"] == self.trial_name and record["values"] == json.loads(json.dumps(self._values)):
+        if record["trial"] == self.trial_name and record["values"] == as_json(self._values):
             self._home = record["home"]
         else:
             self._home, self._source = f"trials/{self.trial_name}/from-rung-{self._rung}", record["home"]
 
     def step(self) -> dict[str, Any]:
-        task, rung = self.task, self._rung
-        rows = task.known.get((self.trial_name, rung))
+        context, rung = self.context, self._rung
+        rows = context.known.get((self.trial_name, rung))
         if rows is None:
-            if reason := task.failures.get(self.trial_name):
+            if reason := context.failures.get(self.trial_name):
                 raise UserError(reason)
-            with ThreadPoolExecutor(task.seeds_at_once) as pool:
-                rows = list(pool.map(self._scored, task.seeds))
+            with ThreadPoolExecutor(context.seeds_at_once) as pool:
+                rows = list(pool.map(self._scored, context.seeds))
         self._rung, self._source = rung + 1, ""
         return {
             "score": mean(row["score"] for row in rows),
             "loss": mean(row["loss"] for row in rows),
             "rung": self._rung,
-            "t": task.times[rung],
-            "epoch": task.base.epochs * task.shares[rung],
+            "t": context.times[rung],
+            "epoch": context.base.epochs * context.shares[rung],
             "runs": json.dumps([dict(row) for row in rows]),
-            "done": self._rung == len(task.shares),
+            "done": self._rung == len(context.shares),
         }
 
     def _scored(self, seed: int) -> dict[str, Any]:
         """Take one run from its newest checkpoint to the next rung, and score it."""
         started = time.monotonic()
-        task, rung, home = self.task, self._rung, f"{self._home}/seed-{seed}"
-        folder = Folder(task.out) / home
-        config = replace(configured(task.base, self._values), run=str(folder), seed=seed)
-        until = task.until(config, rung)
+        context, rung, home = self.context, self._rung, f"{self._home}/seed-{seed}"
+        folder = Folder(context.out) / home
+        config = replace(apply_values(context.base, self._values), run=str(folder), seed=seed)
+        until = context.until(config, rung)
         if self._source:
-            copy(Folder(task.out) / self._source / f"seed-{seed}", task.until(config, rung - 1), folder)
-        if task.keep_rungs:
-            rungs = tuple(task.until(config, r) for r in range(max(0, rung - 1), rung + 1))
+            copy_checkpoint(
+                Folder(context.out) / self._source / f"seed-{seed}", context.until(config, rung - 1), folder
+            )
+        if context.keep_rungs:
+            rungs = tuple(context.until(config, r) for r in range(max(0, rung - 1), rung + 1))
             config = replace(config, save=replace(config.save, keep_steps=rungs))
         run = self._trained(config, until)
-        rows = task.scored(run, task.validation, ("trained",), str(until), in_process=task.in_process)
+        rows = context.scored(
+            run, context.validation, ("trained",), str(until), in_process=context.in_process
+        )
         score = float(rows[0]["value"])
         if not math.isfinite(score):
-            raise UserError(f"The probe {task.probe!r} gave {score} at step {until}.")
+            raise UserError(f"The probe {context.probe!r} gave {score} at step {until}.")
         seconds, loss = round(time.monotonic() - started, 2), float(run.metrics_columns(["loss"])["loss"][-1])
-        about = {"seed": seed, "step": until, "run": home, "seconds": seconds, **task.cost()}
+        about = {"seed": seed, "step": until, "run": home, "seconds": seconds, **context.cost()}
         about |= {"metric": rows[0]["name"], "num_images": rows[0].get("num_test", 0)}
         return {**about, "score": score, "loss": loss}
 
     def _trained(self, config: Pretraining, until: int) -> Run:
         """Train a run up to a step, with its place at a shared stream if there is one."""
-        task, subscriber = self.task, None
-        if task.broker is not None:
+        context, subscriber = self.context, None
+        if context.broker is not None:
             start, number = checkpoint.newest_step(Run(Folder(config.run)).checkpoints), int(self.trial_name)
-            subscriber = ray.get(task.broker.subscriber.remote(number, config, start, until))
-        local = task.in_process
+            subscriber = ray.get(context.broker.subscriber.remote(number, config, start, until))
+        local = context.in_process
         try:
-            run = pretrain(config, until=until, placement=task.placement, subscriber=subscriber, local=local)
+            run = pretrain(
+                config, until=until, placement=context.placement, subscriber=subscriber, local=local
+            )
         finally:
-            if task.broker is not None:
-                task.broker.leave.remote(config.run)
+            if context.broker is not None:
+                context.broker.leave.remote(config.run)
         if run.newest().step != until:
             raise UserError(
                 f"The run at {config.run!r} is at step {run.newest().step} and was to be scored at step {until}. "
@@ -170,13 +177,13 @@ def _check_metrics(storage: Any) -> None:
 class _Forward(logging.Handler):
     """Send what is logged in the actor of a trial to the driver of the sweep."""
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: PretrainTrainable) -> None:
         super().__init__()
         self._trial = trial
 
     def emit(self, record: logging.LogRecord) -> None:
         text = f"trial {int(self._trial.trial_name)}: {record.getMessage()}"
-        self._trial.task.messages.actor.put.remote((record.levelno, text))
+        self._trial.context.messages.actor.put.remote((record.levelno, text))
 
 
 def tune_trainable(
@@ -191,7 +198,7 @@ def tune_trainable(
     rungs: tuple[float, ...] = (1 / 9, 1 / 3, 1.0),
     max_concurrent: int = 0,
     gpus_per_worker: float = 1,
-) -> type[Trial]:
+) -> type[PretrainTrainable]:
     """Return a trainable for `ray.tune.Tuner` that pretrains and probes, for any scheduler, searcher and callback.
 
     The keys of `param_space` are dotted fields: `{"pirl.temperature": tune.loguniform(0.03, 0.5)}`. Each result has
@@ -225,35 +232,35 @@ def tune_trainable(
     points = list(corners(domain_ends(param_space or {})))
     preparation.check_points(base, points)
     # Ray Tune decides how many trials there are.
-    task, _ = preparation.make_task(base, config, points, 10**6, rungs)
+    context, _ = preparation.make_trial_context(base, config, points, 10**6, rungs)
     os.environ.update(SETTINGS)
-    return trainable(task)
+    return trainable(context)
 
 
-def trainable(task: Task) -> type[Trial]:
+def trainable(context: TrialContext) -> type[PretrainTrainable]:
     """Return the class of the trials of a sweep, for `tune.Tuner`."""
 
-    class Pretrain(Trial):
+    class Pretrain(PretrainTrainable):
         @classmethod
         def default_resource_request(cls, config: Values) -> Any:
             # Ray Tune calls this on the driver when it makes a trial.
-            configured(task.base, config)
-            return tune.PlacementGroupFactory([task.resources()])
+            apply_values(context.base, config)
+            return tune.PlacementGroupFactory([context.resources()])
 
-    Pretrain.task = task
+    Pretrain.context = context
     return Pretrain
 
 
-def copy(source: Folder, step: int, target: Folder) -> None:
+def copy_checkpoint(source: Folder, step: int, target: Folder) -> None:
     """Copy a checkpoint to a run that has none. Manifests are copied last, so that half a copy is no checkpoint.
 
     Raises:
         UserError: the checkpoint is no longer there.
     """
     there = Run(target).checkpoints
-    if checkpoint.newest(there) is not None:
+    if checkpoint.newest_checkpoint(there) is not None:
         return
-    found = checkpoint.of_step(Run(source).checkpoints, step)
+    found = checkpoint.checkpoint_of_step(Run(source).checkpoints, step)
     if found is None:
         raise UserError(
             f"The checkpoint of step {step} is no longer in {str(source)!r}, and another trial copies it. Run the "

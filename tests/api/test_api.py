@@ -181,7 +181,7 @@ def test_weights_are_checked_before_a_source_is_read(tmp_path: Path, monkeypatch
     def read(data: str) -> None:
         raise AssertionError(f"{data} was read")
 
-    monkeypatch.setattr("raysl.ingestion.resolve", read)
+    monkeypatch.setattr("raysl.ingestion.open_or_ingest", read)
     file = tmp_path / "weights.pth"
     file.write_text("no weights")
     calls: list[Callable[[], object]] = [

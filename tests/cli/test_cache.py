@@ -11,7 +11,7 @@ from PIL import Image
 from raysl.__main__ import main
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion import ingest, resolve
+from raysl.ingestion import ingest, open_or_ingest
 from raysl.run import METADATA
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
@@ -22,7 +22,7 @@ def _photos(folder: Path, value: int) -> DataSet:
     """Write one image into a folder of photos, and open the copy of the folder in the cache."""
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (16, 16), (value, 0, 0)).save(folder / f"{value}.png")
-    return resolve(str(folder))
+    return open_or_ingest(str(folder))
 
 
 def _unfinished_run(folder: Path, data: str) -> None:
@@ -71,9 +71,9 @@ def test_all_paths_of_a_folder_have_one_copy(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "inside")
     monkeypatch.chdir(tmp_path / "deep")
     for path in ("../photos", "../photos/", "inside/../../photos", f"{tmp_path}/link/../../photos"):
-        assert resolve(path).folder == copy
+        assert open_or_ingest(path).folder == copy
     with pytest.raises(UserError, match=r"'\.\./nothing' does not exist"):
-        resolve("../nothing")
+        open_or_ingest("../nothing")
 
 
 def test_messages_call_a_copy_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_a_name_runs_only_what_it_needs(tmp_path: Path) -> None:
     program = f"""
 import sys, raysl
 from raysl.cli import lazy
-lazy.install()
+lazy.install_import_hook()
 raysl.__path__.append({str(package)!r})
 sys.path.append({str(package)!r})
 from raysl import module
@@ -52,7 +52,7 @@ def test_every_module_of_the_library_can_be_completed() -> None:
     program = """
 import importlib, pkgutil, raysl
 from raysl.cli import lazy
-lazy.install()
+lazy.install_import_hook()
 for found in pkgutil.walk_packages(raysl.__path__, "raysl."):
     if found.name == "raysl.__main__":
         continue

@@ -35,7 +35,7 @@ def photos(small: DataSet, monkeypatch: pytest.MonkeyPatch) -> DataSet:
 
 
 def test_small_images_get_the_recipe_of_the_results(small: DataSet) -> None:
-    made = defaults.resolve(RUN, small, 2, False)
+    made = defaults.choose_defaults(RUN, small, 2, False)
     pirl = made.parts["pirl"]
     assert (made.method, made.backbone.name, made.view.image_size) == ("pirl-jigsaw", "small", 32)
     assert (pirl.head, pirl.temperature, pirl.num_negatives) == ("bn", 0.2, 99)
@@ -47,7 +47,7 @@ def test_small_images_get_the_recipe_of_the_results(small: DataSet) -> None:
 
 
 def test_photos_get_a_resnet_that_the_machine_can_train(photos: DataSet) -> None:
-    on_cpus, on_gpus = (defaults.resolve(RUN, photos, 1, gpus) for gpus in (False, True))
+    on_cpus, on_gpus = (defaults.choose_defaults(RUN, photos, 1, gpus) for gpus in (False, True))
     assert (on_cpus.backbone.name, on_cpus.view.image_size) == ("resnet18", 96)
     assert (on_gpus.backbone.name, on_gpus.view.image_size) == ("resnet50", 224)
     assert (on_cpus.bank.momentum, on_cpus.parts["jigsaw"].grid) == (0.5, 3)
@@ -57,21 +57,21 @@ def test_networks_of_timm_get_images_of_the_size_that_they_are_made_for(
     photos: DataSet, small: DataSet
 ) -> None:
     for images in (photos, small):
-        made = defaults.resolve({**RUN, "backbone": {"name": "timm/convnext_atto"}}, images, 1, False)
+        made = defaults.choose_defaults({**RUN, "backbone": {"name": "timm/convnext_atto"}}, images, 1, False)
         assert (made.backbone.name, made.view.image_size) == ("timm/convnext_atto", 224)
 
 
 @pytest.mark.parametrize("given", [{"workers": 3}, {"workers": "1:4"}, {"workers": 0}, {"method": "simclr"}])
 def test_the_rest_fits_what_is_given(given: dict[str, Any], small: DataSet) -> None:
-    made = defaults.resolve({**RUN, **given}, small, 2, False)
+    made = defaults.choose_defaults({**RUN, **given}, small, 2, False)
     assert made.workers == (given.get("workers") or 2)
     assert made.method == given.get("method", "pirl-jigsaw")
 
 
 def test_a_batch_is_trained_by_as_many_workers_as_share_it_equally(small: DataSet) -> None:
     given = {**RUN, "batch_size": 33}
-    assert defaults.check(given).batch_size == 33
-    assert [defaults.resolve(given, small, usual, False).workers for usual in (2, 3, 8)] == [1, 3, 3]
+    assert defaults.validated_config(given).batch_size == 33
+    assert [defaults.choose_defaults(given, small, usual, False).workers for usual in (2, 3, 8)] == [1, 3, 3]
 
 
 def test_flags_that_repeat_the_values_of_the_classes_stay(photos: DataSet) -> None:
@@ -84,7 +84,7 @@ def test_flags_that_repeat_the_values_of_the_classes_stay(photos: DataSet) -> No
     parsed = parse([*DATA, *flags.split()], "raysl pretrain")
     assert parsed.given["pirl"] == {"head": "linear", "temperature": 0.07, "num_negatives": 50, "lam": 0.5}
     expected = Pretraining("d", "r", batch_size=64, parts={"pirl": {"num_negatives": 50}})
-    assert defaults.resolve({**parsed.given, "run": "-"}, photos, 4, True).to_json() == (
+    assert defaults.choose_defaults({**parsed.given, "run": "-"}, photos, 4, True).to_json() == (
         expected.to_json() | {"run": "-"}
     )
 
@@ -98,7 +98,7 @@ def test_switches_and_recipes_count_as_given() -> None:
 
 def test_an_unfinished_run_keeps_what_it_was_begun_with(small: DataSet, tmp_path: Path) -> None:
     given = {"data": str(small.folder), "run": str(tmp_path / "run"), "pirl": {"temperature": 0.5}}
-    first = defaults.resolve(given, small, 2, False)
+    first = defaults.choose_defaults(given, small, 2, False)
     names = {name: given[name] for name in ("data", "run")}
     # Two workers without GPUs go on as two, to be exact. With GPUs, there may be only one now.
     assert differences(first.to_json(), defaults.resume(first, names, 1, False).to_json()) == []
@@ -130,7 +130,7 @@ def test_the_command_of_a_run_repeats_it(method: str, small: DataSet, photos: Da
     words = shlex.split(command(plain))[2:]
     given = parse(words, "raysl pretrain").given
     for images in (small, photos):
-        assert defaults.resolve(given, images, 1, True).to_json() == plain.to_json()
+        assert defaults.choose_defaults(given, images, 1, True).to_json() == plain.to_json()
 
 
 def test_another_method_gets_the_default_values_of_its_parts() -> None:
@@ -163,26 +163,28 @@ def test_help_says_which_defaults_are_chosen(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(("name", "lr"), [("sgd", 0.12), ("adamw", 0.003), ("lars", 3.0)])
 def test_each_optimiser_gets_a_learning_rate_that_suits_it(name: str, lr: float, small: DataSet) -> None:
-    made = defaults.resolve({**RUN, "optim": {"name": name}}, small, 1, False)
+    made = defaults.choose_defaults({**RUN, "optim": {"name": name}}, small, 1, False)
     assert (made.optim.name, made.optim.lr, made.optim.weight_decay) == (name, lr, 1e-4)
-    assert defaults.resolve({**RUN, "optim": {"name": name, "lr": 0.2}}, small, 1, False).optim.lr == 0.2
+    assert (
+        defaults.choose_defaults({**RUN, "optim": {"name": name, "lr": 0.2}}, small, 1, False).optim.lr == 0.2
+    )
 
 
 def test_an_optimiser_that_is_given_whole_stays(small: DataSet) -> None:
     given = OptimConfig("adamw", lr=0.002)
-    assert defaults.resolve({**RUN, "optim": given}, small, 1, False).optim == given
+    assert defaults.choose_defaults({**RUN, "optim": given}, small, 1, False).optim == given
 
 
 def test_transformers_are_trained_with_adamw(small: DataSet) -> None:
     vit = {"name": "timm/vit_tiny_patch16_224"}
-    made = defaults.resolve({**RUN, "backbone": vit}, small, 1, False).optim
+    made = defaults.choose_defaults({**RUN, "backbone": vit}, small, 1, False).optim
     assert (made.name, made.lr, made.weight_decay, made.warmup) == ("adamw", 0.0005, 0.05, 0.05)
-    own = defaults.resolve({**RUN, "backbone": vit, "optim": {"name": "sgd"}}, small, 1, False).optim
+    own = defaults.choose_defaults({**RUN, "backbone": vit, "optim": {"name": "sgd"}}, small, 1, False).optim
     assert (own.name, own.lr, own.weight_decay) == ("sgd", 0.12, 1e-4)
 
 
 def test_trials_of_several_methods_have_the_hyperparameters_of_the_papers(small: DataSet) -> None:
-    made = defaults.resolve(RUN, small, 1, False, varied=["method"])
+    made = defaults.choose_defaults(RUN, small, 1, False, varied=["method"])
     assert (made.parts["pirl"].head, made.bank.momentum, made.parts["pirl"].num_negatives) == (
         "linear",
         0.5,

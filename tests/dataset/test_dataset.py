@@ -179,19 +179,19 @@ def test_a_missing_shard_and_another_layout_are_refused(tmp_path: Path) -> None:
 def test_a_uri_with_a_split_is_no_data_set() -> None:
     folder = Folder("memory://sets/cifar#train")
     folder.write("manifest.json", b"{}")
-    assert not DataSet.is_one(str(folder))
+    assert not DataSet.exists_at(str(folder))
     # An address that the Hub's package would refuse; nothing is asked.
-    assert not DataSet.is_one("hf://datasets/uoft-cs/cifar10#train")
+    assert not DataSet.exists_at("hf://datasets/uoft-cs/cifar10#train")
 
 
 def test_a_local_folder_may_have_a_name_with_a_hash(tmp_path: Path) -> None:
     made = make_dataset(tmp_path / "a#b", 3)
-    assert DataSet.is_one(str(made.folder))
+    assert DataSet.exists_at(str(made.folder))
 
 
 def test_a_place_without_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for place in ("nothing", "file"):
-        assert not DataSet.is_one(str(tmp_path / place))
+        assert not DataSet.exists_at(str(tmp_path / place))
         with pytest.raises(UserError, match="No data set"):
             DataSet.open(str(tmp_path / place))

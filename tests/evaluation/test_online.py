@@ -283,4 +283,4 @@ def test_gpus_are_taken_only_while_the_trainers_have_theirs(
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.0, "GPU": float(free)})
     evaluator = evaluator_of(run)
     evaluator.trainers = 2
-    assert evaluator._has_room(4) is room
+    assert evaluator._has_free_gpu(4) is room

@@ -19,9 +19,9 @@ from raysl.evaluation.results import (
     ROWS,
     add_rows,
     describe_images,
+    format_row_value,
     margin,
     rows_of,
-    shown,
     tables,
     verdicts,
 )
@@ -128,10 +128,13 @@ def test_markup_in_names_is_printed_as_it_is() -> None:
 
 
 def test_shares_are_printed_in_per_cent() -> None:
-    text = {name: shown(row(name=name, value=0.12345)) for name in ("top1@1%", "top1/k=20,T=0.07", "spread")}
+    text = {
+        name: format_row_value(row(name=name, value=0.12345))
+        for name in ("top1@1%", "top1/k=20,T=0.07", "spread")
+    }
     assert text == {"top1@1%": "12.3 %", "top1/k=20,T=0.07": "12.3 %", "spread": "0.1235"}
-    assert shown(row(name="AP50", value=0.5)) == "50.0 %"
-    assert shown(row(name="alpha_req", value=1.25)) == "1.25"
+    assert format_row_value(row(name="AP50", value=0.5)) == "50.0 %"
+    assert format_row_value(row(name="alpha_req", value=1.25)) == "1.25"
     assert "50.0 %" in printed(row())
 
 
@@ -189,7 +192,7 @@ def test_a_measure_that_is_no_score_gives_no_verdict_of_learning() -> None:
 def test_every_primary_metric_is_a_share_or_is_known_to_be_no_score(name: str) -> None:
     config_type, probe_type = probes.load(name)
     metric = probe_type(config_type()).primary_metric
-    assert not probes.is_score(name) or shown(row(name=metric)).endswith("%")
+    assert not probes.is_score(name) or format_row_value(row(name=metric)).endswith("%")
 
 
 def test_equal_measures_without_a_margin_are_not_called_chance() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from raysl.errors import UserError
 from raysl.ingestion.found import Found
-from raysl.ingestion.sources import Place, ReadConfig, Row, UnitSize, open_source, read
+from raysl.ingestion.sources import ReadConfig, Row, SourceLocation, UnitSize, open_source, read
 
 SMALL = UnitSize(3, 1 << 20)
 
@@ -73,7 +73,7 @@ def write_zip(path: Path, members: Mapping[str, bytes], method: int = zipfile.ZI
 
 def opened(uri: object, size: UnitSize = SMALL, **config: Any) -> tuple[Found, list[Row]]:
     """Return what was found in a source after its listing, and all its rows."""
-    one = open_source(Place.parse(str(uri), config=ReadConfig(**config)))
+    one = open_source(SourceLocation.parse(str(uri), config=ReadConfig(**config)))
     units = list(one.source.units(size))
     rows = [list(read(one.kind, unit)) for unit in units]
     assert [len(unit_rows) for unit_rows in rows] == [unit.num_images for unit in units]

@@ -8,7 +8,7 @@ import pytest
 
 from raysl.api.arguments import check_source
 from raysl.errors import UserError
-from raysl.ingestion import resolve, splits
+from raysl.ingestion import open_or_ingest, splits
 from tests.data import make_dataset
 
 
@@ -17,8 +17,8 @@ def test_a_finished_data_set_is_found_in_the_folder_that_the_environment_names(
 ) -> None:
     made = make_dataset(tmp_path / "photos", 8)
     monkeypatch.setenv("RAYSL_DATA", str(tmp_path))
-    assert resolve("photos").manifest == made.manifest
+    assert open_or_ingest("photos").manifest == made.manifest
     assert splits("photos") == ("photos", "photos")
     check_source("photos")
     with pytest.raises(UserError, match="is a data set of raysl already, which has no splits"):
-        resolve("photos#train")
+        open_or_ingest("photos#train")

@@ -12,7 +12,7 @@ from raysl.dataset import DataSet
 from raysl.dataset.clips import COLUMNS, DEPTH_SCALE, SOUND_HZ, TRUTH, Clips
 from raysl.errors import UserError
 from raysl.ingestion.clip_drawing import ACTIONS, KEYPOINTS, KINDS
-from raysl.ingestion.sources import Place, UnitSize, open_source, read
+from raysl.ingestion.sources import SourceLocation, UnitSize, open_source, read
 from raysl.stream.decode import decode
 from tests.data import make_clips
 
@@ -51,7 +51,7 @@ def test_columns_belong_together(clips: Clips) -> None:
 
 def test_a_clip_is_a_function_of_seed_split_and_index() -> None:
     def rows(name: str, split: str = "train", images: int = 100) -> list[object]:
-        opened = open_source(Place(name, split))
+        opened = open_source(SourceLocation(name, split))
         return [row for unit in opened.source.units(UnitSize(images, 1)) for row in read(opened.kind, unit)]
 
     few = rows("clips:3?size=32&frames=4")
@@ -118,4 +118,4 @@ def test_the_tone_tells_the_kind_of_the_shape_that_sounds(clips: Clips) -> None:
 )
 def test_wrong_names_are_answered(name: str, answer: str) -> None:
     with pytest.raises(UserError, match=answer):
-        open_source(Place.parse(name))
+        open_source(SourceLocation.parse(name))

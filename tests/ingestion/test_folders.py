@@ -20,7 +20,7 @@ from raysl.errors import UserError
 from raysl.ingestion import ingest, tables, tar
 from raysl.ingestion.found import of_kind
 from raysl.ingestion.listing import files_below
-from raysl.ingestion.sources import Place, ReadConfig, UnitSize, open_source, read
+from raysl.ingestion.sources import ReadConfig, SourceLocation, UnitSize, open_source, read
 from raysl.storage import Folder
 from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused, write_tar
 
@@ -408,7 +408,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 def test_units_keep_to_count_and_bytes(tmp_path: Path) -> None:
     put(tmp_path, *(f"{i}.jpg" for i in range(5)), data=bytes(100))
-    source = open_source(Place.parse(str(tmp_path))).source
+    source = open_source(SourceLocation.parse(str(tmp_path))).source
     assert [unit.num_images for unit in source.units(UnitSize(2, 1000))] == [2, 2, 1]
     assert [unit.num_images for unit in source.units(UnitSize(10, 250))] == [2, 2, 1]
     assert [unit.num_images for unit in source.units(UnitSize(10, 10))] == [1] * 5
@@ -423,7 +423,7 @@ def test_the_stamp_changes_with_the_images(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", "b.txt")
 
     def stamp() -> str:
-        return open_source(Place.parse(str(tmp_path))).source.stamp()
+        return open_source(SourceLocation.parse(str(tmp_path))).source.stamp()
 
     before = stamp()
     os.utime(tmp_path / "b.txt", ns=(1, 1))
@@ -434,7 +434,7 @@ def test_the_stamp_changes_with_the_images(tmp_path: Path) -> None:
 
 def test_a_file_that_vanished_is_a_row_with_a_reason(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg")
-    one = open_source(Place.parse(str(tmp_path)))
+    one = open_source(SourceLocation.parse(str(tmp_path)))
     (unit,) = one.source.units(SMALL)
     (tmp_path / "a.jpg").unlink()
     (row,) = read(one.kind, unit)
@@ -461,10 +461,10 @@ def test_the_table_of_what_was_found(tmp_path: Path) -> None:
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "birds/1.jpg")
     monkeypatch.setenv("RAYSL_DATA", str(tmp_path))
-    assert Place.parse("birds#train") == Place(str(tmp_path / "birds"), "train")
-    assert Place.parse("shapes:10").uri == "shapes:10"
+    assert SourceLocation.parse("birds#train") == SourceLocation(str(tmp_path / "birds"), "train")
+    assert SourceLocation.parse("shapes:10").uri == "shapes:10"
     with pytest.raises(UserError, match="configuration says"):
-        Place.parse("shapes:10#train", "test")
+        SourceLocation.parse("shapes:10#train", "test")
     assert "does not exist" in refused(tmp_path / "nowhere")
 
 
@@ -473,8 +473,8 @@ def test_files_are_read_without_torch_which_takes_600_mb(tmp_path: Path) -> None
     program = (
         "import sys\n"
         "from raysl.ingestion import pipeline, shard\n"
-        "from raysl.ingestion.sources import Place, UnitSize, open_source, read\n"
-        f"opened = open_source(Place.parse({str(tmp_path)!r}))\n"
+        "from raysl.ingestion.sources import SourceLocation, UnitSize, open_source, read\n"
+        f"opened = open_source(SourceLocation.parse({str(tmp_path)!r}))\n"
         "units = list(opened.source.units(UnitSize(9, 9999)))\n"
         "assert len(list(read(opened.kind, units[0]))) == 1\n"
         "assert 'torch' not in sys.modules"
@@ -527,4 +527,4 @@ def test_a_column_of_which_nothing_is_read_is_refused(tmp_path: Path, config: Re
     with pytest.raises(
         UserError, match="-column 'kind' names a column of a table, and no such column is read"
     ):
-        open_source(Place(str(tmp_path), config=config))
+        open_source(SourceLocation(str(tmp_path), config=config))

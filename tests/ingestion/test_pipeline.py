@@ -21,7 +21,7 @@ import pytest
 from raysl import api, ray_cluster
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
-from raysl.ingestion import IngestConfig, pipeline, resolve, tasks
+from raysl.ingestion import IngestConfig, open_or_ingest, pipeline, tasks
 from raysl.ingestion.shard import move, write
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder, lock
@@ -269,12 +269,12 @@ def test_two_commands_that_need_the_same_source_ingest_it_once(
             wait(lock, found)
 
         def begin_second() -> None:
-            second.append(pool.submit(resolve, source, cache))
+            second.append(pool.submit(open_or_ingest, source, cache))
             assert waits.wait(30)
 
         monkeypatch.setattr(DriverLock, "_wait_until_stale", watched)
         before_the_end(monkeypatch, begin_second)
-        first = resolve(source, cache)
+        first = open_or_ingest(source, cache)
         assert second[0].result(timeout=60).folder == first.folder
     assert said.text.count("Ingested 7 images") == 1
 
@@ -287,7 +287,7 @@ def test_an_ingest_whose_place_was_taken_over_ends_without_a_manifest(
     source, out = photos(tmp_path / "in"), tmp_path / "out"
     before_the_end(monkeypatch, lambda: Folder(str(out)).write_json(lock.NAME, {"id": "another"}))
     assert "taken over" in refused(source, out)
-    assert not DataSet.is_one(str(out))
+    assert not DataSet.exists_at(str(out))
 
 
 def test_an_object_is_not_taken_for_what_another_process_wrote_meanwhile(
@@ -350,7 +350,7 @@ def test_a_destination_or_a_list_with_names_that_are_not_utf_8_is_refused(tmp_pa
         pipeline.ingest([tmp_path / "full" / name], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="is not in UTF-8"):
-        resolve(str(tmp_path / name))
+        open_or_ingest(str(tmp_path / name))
 
 
 def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:
@@ -364,15 +364,15 @@ def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:
 
 def test_a_source_is_ingested_again_when_it_changes(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     source, cache = photos(tmp_path / "in"), tmp_path / "cache"
-    first = resolve(str(source), cache)
+    first = open_or_ingest(str(source), cache)
     assert "once" in said.messages[0]
     said.clear()
-    assert resolve(str(source), cache) == first
+    assert open_or_ingest(str(source), cache) == first
     assert not said.messages
     (source / "even" / "0.jpg").unlink()
-    assert resolve(str(source), cache).num_images == 6
+    assert open_or_ingest(str(source), cache).num_images == 6
     assert len(list(cache.iterdir())) == 2
-    assert resolve(str(first.folder), cache) == first
+    assert open_or_ingest(str(first.folder), cache) == first
 
 
 @pytest.mark.parametrize("change", ["written", "added"])
@@ -382,12 +382,12 @@ def test_a_table_is_ingested_again_when_a_file_that_it_names_changes(
     source, cache = photos(tmp_path / "in"), tmp_path / "cache"
     table = source / "list.csv"
     table.write_text("file_name\neven/0.jpg\nodd/1.jpg\nlate.jpg\n")
-    first = resolve(str(table), cache)
+    first = open_or_ingest(str(table), cache)
     ingest(table, tmp_path / "out")
-    assert (resolve(str(table), cache), first.num_images) == (first, 2)
+    assert (open_or_ingest(str(table), cache), first.num_images) == (first, 2)
     changed = source / {"written": "odd/1.jpg", "added": "late.jpg"}[change]
     changed.write_bytes(noise(0))
-    again = resolve(str(table), cache)
+    again = open_or_ingest(str(table), cache)
     assert noise(0) in again.read(np.arange(again.num_images))["image"].to_pylist()
     ingest(table, tmp_path / "out")
     assert "files of the source were added, removed or written since" in said.messages[-1]
@@ -402,17 +402,17 @@ def test_a_source_is_ingested_again_once_a_package_that_it_needs_is_installed(
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "resvg_py", None)
         without.setattr(importlib.metadata, "distributions", lambda **_: ())
-        first = resolve(source, cache)
-        assert resolve(source, cache) == first
+        first = open_or_ingest(source, cache)
+        assert open_or_ingest(source, cache) == first
     assert (first.num_images, first.manifest.num_bad) == (7, 1)
-    second = resolve(source, cache)
+    second = open_or_ingest(source, cache)
     assert (second.num_images, second.manifest.num_bad) == (8, 0)
-    assert resolve(source, cache) == second
+    assert open_or_ingest(source, cache) == second
 
 
 def test_the_cache_is_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
-    assert str(resolve("shapes:5").folder).startswith(str(tmp_path / "cache" / "shapes-5"))
+    assert str(open_or_ingest("shapes:5").folder).startswith(str(tmp_path / "cache" / "shapes-5"))
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ import pytest
 from raysl.errors import UserError
 from raysl.ingestion import png
 from raysl.ingestion.drawing import CLASSES, draw
-from raysl.ingestion.sources import Place, Row, UnitSize, open_source, read
+from raysl.ingestion.sources import Row, SourceLocation, UnitSize, open_source, read
 from raysl.rng import ImageRng
 from raysl.stream.decode import decode
 
 
 def rows(source: str, unit_images: int = 1000) -> list[Row]:
-    opened = open_source(Place.parse(source))
+    opened = open_source(SourceLocation.parse(source))
     units = opened.source.units(UnitSize(unit_images, 1 << 30))
     return [row for unit in units for row in read(opened.kind, unit)]
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl.ingestion import splits, tables
-from raysl.ingestion.sources import Place, UnitSize, open_source
+from raysl.ingestion.sources import SourceLocation, UnitSize, open_source
 from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused
 
 
@@ -484,7 +484,7 @@ def test_a_table_is_opened_once_and_its_splits_are_read_if_one_is_named(
     reading = Mock(side_effect=tables.Table.column, autospec=True)
     monkeypatch.setattr(tables, "opened", opening)
     monkeypatch.setattr(tables.Table, "column", lambda self, name: reading(self, name))
-    one = open_source(Place.parse(str(tmp_path)))
+    one = open_source(SourceLocation.parse(str(tmp_path)))
     assert (opening.call_count, reading.call_count) == (3, 0)
     next(one.source.units(SMALL))
     assert one.source.found.splits == ("train", "val")

@@ -17,7 +17,7 @@ import pytest
 from raysl.dataset.clips import COLUMNS, SOUND_HZ, Clips
 from raysl.errors import UserError
 from raysl.ingestion.found import Found
-from raysl.ingestion.sources import Place, ReadConfig, Row, UnitSize, open_source, read
+from raysl.ingestion.sources import ReadConfig, Row, SourceLocation, UnitSize, open_source, read
 from raysl.ingestion.tracker import track
 from raysl.stream.decode import decode
 from tests.ingestion.reading import jpeg, write_tar
@@ -87,7 +87,7 @@ def _pieces(frame: Any, audio: Any) -> list[Any]:
 
 
 def rows_of(source: Path, config: ReadConfig | None = None, split: str = "") -> tuple[Found, list[Row]]:
-    one = open_source(Place(str(source), split, config or ReadConfig()))
+    one = open_source(SourceLocation(str(source), split, config or ReadConfig()))
     units = list(one.source.units(UnitSize(3, 1 << 30)))
     return one.source.found, [row for unit in units for row in read(one.kind, unit)]
 
@@ -196,7 +196,7 @@ def test_class_folders_splits_and_single_files(tmp_path: Path) -> None:
     ]
     assert len(clips_of(tmp_path / "train" / "jump" / "a.mp4")[0]) == 1
     with pytest.raises(UserError, match="several splits"):
-        open_source(Place(str(tmp_path)))
+        open_source(SourceLocation(str(tmp_path)))
 
 
 def test_videos_in_archives_and_tables_become_clips(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_videos_in_archives_and_tables_become_clips(tmp_path: Path) -> None:
     pq.write_table(pa.table({"video": list(damaged.values()), "label": [1, 0]}), tmp_path / "plain.parquet")
     (tmp_path / "in" / "list.csv").write_text("file_name,label\na.mp4,1\nb.mp4,0\n")
     for source in ("shard.tar", "folders.tar", "hf.parquet", "plain.parquet", "in/list.csv"):
-        one = open_source(Place(str(tmp_path / source)))
+        one = open_source(SourceLocation(str(tmp_path / source)))
         found, rows = rows_of(tmp_path / source)
         assert found.noun == "videos"
         assert "image" not in found.layout + found.labels, source
@@ -295,7 +295,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None
     peaks = []
     for count in (60, 600):
         path = make(tmp_path / f"{count}.mp4", times=tuple(np.arange(count) / 10), size=(96, 96))
-        one = open_source(Place(str(path), config=ReadConfig(clip_s=2)))
+        one = open_source(SourceLocation(str(path), config=ReadConfig(clip_s=2)))
         units = list(one.source.units(UnitSize(10, 1 << 30)))
         tracemalloc.start()
         seen = sum(1 for unit in units for _ in read(one.kind, unit))

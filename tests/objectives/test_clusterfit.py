@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.objectives.clusterfit import Assignments, Clusterfit, Config
 from tests.objectives.setups import N, batch, clusters, setup
 
@@ -110,7 +110,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_must_be_given_labels_and_takes_no_transform() -> None:
-    with pytest.raises(Unset, match=r"--clusterfit\.labels"):
+    with pytest.raises(MissingValueError, match=r"--clusterfit\.labels"):
         Clusterfit(Config(), setup()[1])
     with pytest.raises(UserError, match="'clusterfit' takes no pretext transform"):
         Clusterfit(Config(), setup("rotation")[1])

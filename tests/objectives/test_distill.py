@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.objectives import _teacher
 from raysl.objectives.distill import Config, Distill, soft_targets
 from tests.objectives.setups import batch, setup, teacher
@@ -99,7 +99,7 @@ def test_a_run_without_a_classifier_of_single_views_cannot_teach(tmp_path: Path)
 
 
 def test_what_is_no_run_cannot_teach(tmp_path: Path) -> None:
-    with pytest.raises(Unset, match=r"--distill\.teacher"):
+    with pytest.raises(MissingValueError, match=r"--distill\.teacher"):
         Distill(Config(), setup()[1])
     with pytest.raises(UserError, match=r"There is no run at .* to load a teacher from"):
         Distill(Config(str(tmp_path)), setup()[1])

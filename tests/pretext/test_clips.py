@@ -12,7 +12,7 @@ import torch
 from raysl import pretext
 from raysl.dataset.clips import COLUMNS, TRUTH, Clips
 from raysl.errors import UserError
-from raysl.ingestion.sources import Place, UnitSize, open_source, read
+from raysl.ingestion.sources import SourceLocation, UnitSize, open_source, read
 from raysl.pretext import Chosen, Geometry, OfClips, _sound
 from raysl.rng import ImageRng
 from tests.data import make_clips
@@ -170,7 +170,7 @@ def test_transforms_of_clips_stand_alone() -> None:
 def test_clips_of_few_frames_work(name: str, count: int) -> None:
     import pyarrow as pa
 
-    opened = open_source(Place("clips:2?size=32&frames=4"))
+    opened = open_source(SourceLocation("clips:2?size=32&frames=4"))
     rows = [row.clip for unit in opened.source.units(UnitSize(9, 1 << 20)) for row in read("clips", unit)]
     short = {
         "times": [row["times"][:count] for row in rows if row],

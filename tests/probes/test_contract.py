@@ -13,7 +13,7 @@ import pytest
 
 from raysl import probes
 from raysl.backbone.network import BackboneConfig
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.evaluation.results import protocol_hash
 from raysl.extraction import FeatureProtocol, RandomBackbone
 from raysl.probes import EncoderProbe, FeatureProbe, Labelled, LabelledProbe, Row, Subject, svm
@@ -86,7 +86,7 @@ def examined(name: str, subject: Subject) -> list[Row]:
         config = replace(config, epochs=2)
     try:
         return list(probe_type(config).examine(subject))
-    except Unset as error:
+    except MissingValueError as error:
         pytest.skip(str(error))
 
 

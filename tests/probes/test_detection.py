@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from raysl.backbone.network import BackboneConfig, build
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.optim import OptimConfig
 from raysl.probes import Subject, _detector, _voc, detection
@@ -355,7 +355,7 @@ def test_unsuitable_splits_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_is_required_and_pixels_give_no_rows(tmp_path: Path) -> None:
     here = untrained(tmp_path)
-    with pytest.raises(Unset, match=r"--detection\.data"):
+    with pytest.raises(MissingValueError, match=r"--detection\.data"):
         list(detection.Detection(detection.Config()).examine(here))
     given = detection.Detection(detection.Config(data=str(tmp_path)))
     assert not list(given.examine(replace(here, encoder=Pixels())))

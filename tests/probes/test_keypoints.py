@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from raysl.backbone.network import BackboneConfig
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Subject, _poses, keypoints
 from raysl.probes._images import spaced
@@ -159,7 +159,7 @@ def test_mpii_and_deeplabcut_are_read(tmp_path: Path) -> None:
 
 def test_bad_annotations_are_refused(tmp_path: Path) -> None:
     folder, one = Folder(str(tmp_path)), subject(tmp_path)
-    with pytest.raises(Unset, match=r"--keypoints\.train FILE"):
+    with pytest.raises(MissingValueError, match=r"--keypoints\.train FILE"):
         keypoints.Keypoints(keypoints.Config()).check_data(one.train, one.test)
     with pytest.raises(UserError, match="do not exist"):
         _poses.read(folder, "none.json", "box")

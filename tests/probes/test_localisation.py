@@ -11,7 +11,7 @@ import torch
 
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.extraction import RandomBackbone
 from raysl.model import DatasetInfo, Model
 from raysl.probes import Subject, localisation
@@ -70,7 +70,7 @@ def test_an_untrained_run_has_rows_and_other_objectives_are_refused(tmp_path: Pa
     with pytest.raises(UserError, match=r"--audio-visual\.form map"):
         localisation.measure(model("predict-rotation"), one, localisation.Config())
     images = make_dataset(tmp_path / "images", 4)
-    with pytest.raises(Unset, match="which object sounds"):
+    with pytest.raises(MissingValueError, match="which object sounds"):
         localisation.Localisation(localisation.Config()).check_data(images, images)
 
 

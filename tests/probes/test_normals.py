@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raysl.backbone.network import BackboneConfig
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Subject, normals
 from raysl.storage import Folder
@@ -99,7 +99,7 @@ def test_maps_of_each_layer_of_a_network_are_read_out(tmp_path: Path) -> None:
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     place, one = folder(tmp_path / "pairs"), subject(tmp_path)
-    with pytest.raises(Unset, match=r"--normals\.data FOLDER"):
+    with pytest.raises(MissingValueError, match=r"--normals\.data FOLDER"):
         list(normals.Normals(normals.Config()).examine(one))
     with pytest.raises(UserError, match="no images in"):
         normals.Normals(normals.Config(str(place / "train"))).rows(one)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raysl.backbone.network import BackboneConfig
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Subject, patches
 from raysl.probes._images import features
@@ -78,7 +78,7 @@ def test_frames_of_the_same_pose(tmp_path: Path) -> None:
     itself = patches._distances(pieces, pieces, np.arange(len(pieces.sources_n)))
     assert itself["pose_distance"] == 0
     images = subject(tmp_path / "more")
-    with pytest.raises(Unset, match=r"--patches\.of frames needs clips"):
+    with pytest.raises(MissingValueError, match=r"--patches\.of frames needs clips"):
         list(patches.Patches(config).examine(images))
     single = make_dataset(tmp_path / "single", 1)
     with pytest.raises(UserError, match="has only one"):

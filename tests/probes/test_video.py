@@ -11,7 +11,7 @@ import torch
 
 from raysl.backbone.network import BackboneConfig
 from raysl.dataset.clips import Clips
-from raysl.errors import Unset
+from raysl.errors import MissingValueError
 from raysl.extraction import RandomBackbone
 from raysl.probes import Labelled, Subject, video
 from raysl.probes.linear import Config as LinearConfig
@@ -44,5 +44,5 @@ def test_rows_are_those_of_the_linear_probe_on_mean_features(tmp_path: Path) -> 
     again = video.Video(FEW).rows(replace(subject, bn_statistics="reestimated"))
     assert {row.layer for row in again} == {"res3", "pooled"}
     images = make_dataset(tmp_path / "images", 4)
-    with pytest.raises(Unset, match=r"needs clips, and .* has images"):
+    with pytest.raises(MissingValueError, match=r"needs clips, and .* has images"):
         video.Video(FEW).check_data(train, images)

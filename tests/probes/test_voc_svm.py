@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from raysl.backbone.network import BackboneConfig
-from raysl.errors import Unset, UserError
+from raysl.errors import MissingValueError, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Labelled, Row, Subject, _voc, voc_svm
 from raysl.probes._images import features
@@ -93,7 +93,7 @@ def test_scores_are_those_of_svm_on_the_same_features(tmp_path: Path) -> None:
 def test_a_folder_is_required_and_its_content_is_part_of_the_protocol(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "set", 8)
     subject = Subject(Pixels(), ("pooled",), 16, data, data, 0, Folder(str(tmp_path / "own")))
-    with pytest.raises(Unset, match=r"--voc-svm.data FOLDER"):
+    with pytest.raises(MissingValueError, match=r"--voc-svm.data FOLDER"):
         list(voc_svm.VocSvm(voc_svm.Config()).examine(subject))
     config = replace(FEW, data=str(several(tmp_path / "voc")))
     before = config.settings()

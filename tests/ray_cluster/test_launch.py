@@ -102,7 +102,7 @@ def sizes(config: Config, workers: int) -> tuple[Placement, Machines]:
     found = Capacity.of(config)
     later, room = found.remaining([])
     machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
-    return cluster_placement.place(workers, machines), machines
+    return cluster_placement.make_placement(workers, machines), machines
 
 
 def configured(name: str, on_aws: Config) -> Config:

@@ -111,7 +111,7 @@ def test_a_run_starts_the_pods_that_it_was_placed_on(name: str) -> None:
     config = autoscaling(name)
     later, room = Capacity.of(config).remaining([])
     machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
-    placement = cluster_placement.place(4, machines)
+    placement = cluster_placement.make_placement(4, machines)
     assert placement == Placement(1.0, 1, DataShare(1.0, 6.0), 1, 7.0)
     assert launches(config, groups=[[placement.resources()] * 4]) == ({"gpu": 4}, 0)
     assert launches(config, [{"CPU": 1}] * 15) == ({"cpu": 1}, 0)

@@ -40,7 +40,7 @@ def check(nodes: list[Node], workers: int) -> None:
     """Holds `place` to its promise, or to a refusal for a reason."""
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     try:
-        placement = cluster_placement.place(workers, Machines(tuple(nodes)))
+        placement = cluster_placement.make_placement(workers, Machines(tuple(nodes)))
     except UserError:
         usable = [min(int(4 * n["CPU"]), int(n.get("GPU", 0)) if gpus else workers) for n in nodes]
         assert sum(usable) < workers
@@ -99,7 +99,7 @@ def test_any_cluster(nodes: list[Node], gpus: bool, workers: int) -> None:
     ],
 )
 def test_who_gets_what(nodes: list[Node], workers: int, trainer: float, task: float, data: float) -> None:
-    placement = cluster_placement.place(workers, Machines(tuple(nodes)))
+    placement = cluster_placement.make_placement(workers, Machines(tuple(nodes)))
     assert (placement.cpus_per_worker, placement.share.cpus_per_task, placement.share.cpus) == (
         trainer,
         task,
@@ -120,7 +120,7 @@ def test_who_gets_what(nodes: list[Node], workers: int, trainer: float, task: fl
 )
 def test_what_can_never_run_is_refused(nodes: list[Node], workers: int, answer: str) -> None:
     with pytest.raises(UserError, match=answer):
-        cluster_placement.place(workers, Machines(tuple(nodes)))
+        cluster_placement.make_placement(workers, Machines(tuple(nodes)))
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_what_can_never_run_is_refused(nodes: list[Node], workers: int, answer: 
 )
 def test_a_trainer_has_a_share_of_one_gpu(gpus: int, share: float, most: int) -> None:
     machine = Machines(({"CPU": 64.0, "GPU": float(gpus)},))
-    assert cluster_placement.place(most, machine, gpus_per_worker=share).gpus_per_worker == share
+    assert cluster_placement.make_placement(most, machine, gpus_per_worker=share).gpus_per_worker == share
     with pytest.raises(UserError, match=f"{most + 1} workers"):
-        cluster_placement.place(most + 1, machine, gpus_per_worker=share)
+        cluster_placement.make_placement(most + 1, machine, gpus_per_worker=share)
 
 
 GPU_MACHINE = {"CPU": 4.0, "GPU": 1.0}
@@ -156,7 +156,7 @@ HEAD = {"CPU": 0.0}
 def test_a_cluster_that_grows_is_divided_as_it_will_be(
     nodes: list[Node], later: list[Node], workers: int, trainer: float, gpus: float, data: float
 ) -> None:
-    placement = cluster_placement.place(workers, Machines(tuple(nodes), tuple(later), 8))
+    placement = cluster_placement.make_placement(workers, Machines(tuple(nodes), tuple(later), 8))
     found = (placement.cpus_per_worker, placement.gpus_per_worker, placement.share.cpus)
     assert found == (trainer, gpus, data)
 
@@ -173,7 +173,7 @@ def test_a_cluster_that_grows_is_divided_as_it_will_be(
 )
 def test_what_no_capacity_can_take_is_refused(later: list[Node], answer: str) -> None:
     with pytest.raises(UserError, match=answer):
-        cluster_placement.place(9, Machines((HEAD,), tuple(later), 8))
+        cluster_placement.make_placement(9, Machines((HEAD,), tuple(later), 8))
 
 
 def test_work_on_an_empty_cluster_is_planned_for_the_machine_that_comes_first() -> None:
@@ -223,22 +223,25 @@ def test_a_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, addr
 
 
 def test_one_gpu_usually_has_one_worker() -> None:
-    assert cluster_placement.usual_workers(Machines(({"CPU": 2.0},))) == 1
-    assert cluster_placement.usual_workers(Machines(({"CPU": 16.0},))) == 2
-    assert cluster_placement.usual_workers(Machines(({"CPU": 2.0},) * 2)) == 2
-    assert cluster_placement.usual_workers(Machines(({"CPU": 16.0, "GPU": 1.0},))) == 1
-    assert cluster_placement.usual_workers(Machines(({"CPU": 16.0, "GPU": 8.0},))) == 2
-    assert cluster_placement.place(1, Machines(({"CPU": 16.0, "GPU": 1.0},))).gpus_per_worker == 1
+    assert cluster_placement.default_workers(Machines(({"CPU": 2.0},))) == 1
+    assert cluster_placement.default_workers(Machines(({"CPU": 16.0},))) == 2
+    assert cluster_placement.default_workers(Machines(({"CPU": 2.0},) * 2)) == 2
+    assert cluster_placement.default_workers(Machines(({"CPU": 16.0, "GPU": 1.0},))) == 1
+    assert cluster_placement.default_workers(Machines(({"CPU": 16.0, "GPU": 8.0},))) == 2
+    assert cluster_placement.make_placement(1, Machines(({"CPU": 16.0, "GPU": 1.0},))).gpus_per_worker == 1
 
 
 def test_a_cluster_that_others_use_is_said_to_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
     placement = Placement(0.5, 0.0, DataShare(), 1)
-    assert placement.busy(2) == ""
-    assert placement.busy(3) == "Waiting for 1.5 CPUs: other work uses the cluster, and 1 of its 4 are free."
+    assert placement.waiting_message(2) == ""
+    assert (
+        placement.waiting_message(3)
+        == "Waiting for 1.5 CPUs: other work uses the cluster, and 1 of its 4 are free."
+    )
     on_gpus = Placement(1.0, 1.0, DataShare(), 1)
-    assert on_gpus.busy(1).startswith(
+    assert on_gpus.waiting_message(1).startswith(
         "Waiting for 1 GPUs: the cluster has 0 now and starts machines for the rest"
     )
 

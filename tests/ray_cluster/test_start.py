@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from raysl import ray_cluster
-from raysl.errors import UserError, answered
+from raysl.errors import UserError, exit_on_errors
 
 
 @pytest.mark.ray
@@ -20,9 +20,9 @@ def test_sigterm_puts_away_and_leaves_a_line() -> None:
     program = """
         import os, signal
         from raysl import ray_cluster
-        from raysl.errors import answered
+        from raysl.errors import exit_on_errors
 
-        with answered("experiment"):
+        with exit_on_errors("experiment"):
             ray_cluster.start()
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -48,7 +48,7 @@ def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
         import os, signal
         from ray._private.node import Node
         from raysl import ray_cluster
-        from raysl.errors import answered
+        from raysl.errors import exit_on_errors
 
         whole = Node.start_ray_processes
 
@@ -58,7 +58,7 @@ def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
         Node.start_ray_processes = started
-        with answered("experiment"):
+        with exit_on_errors("experiment"):
             ray_cluster.start()
     """
     done = subprocess.run(
@@ -78,7 +78,7 @@ def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
 def test_a_lost_process_of_ray_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     from ray.exceptions import ActorDiedError
 
-    with pytest.raises(SystemExit) as left, answered("raysl"):
+    with pytest.raises(SystemExit) as left, exit_on_errors("raysl"):
         raise ActorDiedError()
     assert left.value.code == 1
     said = capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_an_error_that_would_repeat_keeps_its_traceback() -> None:
     begun = ActorDiedError()
     begun.error_msg = "The actor died because of an error raised in its creation task, ValueError: bad"
     for error in (unpickled, begun):
-        with pytest.raises(type(error)), answered("raysl"):
+        with pytest.raises(type(error)), exit_on_errors("raysl"):
             raise error
 
 

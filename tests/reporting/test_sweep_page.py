@@ -52,7 +52,7 @@ def written(folder: Path, *vary: str, copies: bool = False, **changes: Any) -> s
         }
     )
     tried = (
-        points.grid() if config.searcher == "grid" else [points.drawn(0, n) for n in range(config.samples)]
+        points.grid() if config.searcher == "grid" else [points.sample(0, n) for n in range(config.samples)]
     )
     for trial, values in enumerate(tried):
         journal.add({"event": "trial", "trial": trial, "rung": 0, "values": values})
@@ -256,9 +256,9 @@ def test_the_table_says_on_what_images_and_how_far_the_best_is_ahead(
     assert "test" not in printed
     uris = {"train": "s3://out/images/learn", "validation": "s3://out/images/validation"}
     results.journal.header.update(uris=uris, sources={"validation": "20 images of shapes:200#train"})
-    assert results.judged == "held-out validation images (20 images of shapes:200#train)"
+    assert results.validation_description == "held-out validation images (20 images of shapes:200#train)"
     results.journal.header.update(sources={"validation": "shapes:200#test"})
-    assert results.judged == "test images (shapes:200#test)"
+    assert results.validation_description == "test images (shapes:200#test)"
 
 
 def test_few_images_and_better_baselines_are_told(tmp_path: Path) -> None:

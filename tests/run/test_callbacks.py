@@ -58,7 +58,7 @@ def follow(run: Run, *members: Callback) -> None:
         saver.save(3, {"step": 3}, None)
         saver.wait()
         callbacks.log(ROWS[1:])
-        callbacks.probe(SCORES)
+        callbacks.report_probe_rows(SCORES)
 
 
 def test_callbacks_hear_everything_in_order(run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -296,7 +296,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         check_free(str(tmp_path))
     with pytest.raises(UserError, match=said):  # before the data are looked for
-        defaults.check({"data": "missing", "run": str(tmp_path)})
+        defaults.validated_config({"data": "missing", "run": str(tmp_path)})
 
 
 def test_a_sweep_is_not_written_among_other_things(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_parquet_and_archives_are_read_through_failures(opened: Callable[..., An
 
 
 def test_patience_ends_with_a_sentence(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "0")
+    monkeypatch.setenv(storage.RETRY_VARIABLE, "0")
     monkeypatch.setattr(storage, "_FIRST_PAUSE_S", 0.01)
     file, store = opened(b"abc", lambda n: True)
     with pytest.raises(StorageError, match="Cannot read s3://bucket/folder/file: AWS Error INTERNAL_FAILURE"):

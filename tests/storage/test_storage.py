@@ -85,7 +85,7 @@ def test_two_processes_may_delete_the_same_folder(tmp_path: Path, monkeypatch: p
 
 
 def test_a_patience_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "abc")
+    monkeypatch.setenv(storage.RETRY_VARIABLE, "abc")
     with pytest.raises(UserError, match=r"RAYSL_STORAGE_RETRY_S is 'abc'.* Give seconds, such as 90"):
         Folder("x").exists()
 
@@ -338,10 +338,10 @@ def test_paths_become_absolute_and_survive_pickling(tmp_path: Path, monkeypatch:
 
 
 def test_the_client_of_google_has_a_short_patience_of_its_own() -> None:
-    for uri, patience_s in (("gs://bucket/a", 5), ("gs://bucket/a?retry_limit_seconds=20", 20)):
+    for uri, retry_s in (("gs://bucket/a", 5), ("gs://bucket/a?retry_limit_seconds=20", 20)):
         client, path = filesystem(uri)
         assert path == "bucket/a"
-        assert client.__reduce__()[1][0]["retry_time_limit"] == timedelta(seconds=patience_s)
+        assert client.__reduce__()[1][0]["retry_time_limit"] == timedelta(seconds=retry_s)
 
 
 def test_an_unknown_scheme() -> None:

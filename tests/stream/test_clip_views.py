@@ -18,10 +18,10 @@ from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream import shared
-from raysl.stream.data_tasks import Load
+from raysl.stream.data_tasks import MakeBatches
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, DataShare, Stream, StreamConfig
-from raysl.training import readiness
+from raysl.training import preflight
 from raysl.training.worker import Job, Worker
 from tests.data import make_clips, make_dataset
 
@@ -63,7 +63,7 @@ def stream(
 
 def batch_of(one: Stream, step: int) -> Batch:
     """The batch of a step, by way of the columns that a data task returns, started at this step."""
-    columns = next(Load(one, step, step + 1)({"id": np.zeros(1, np.int64)}))
+    columns = next(MakeBatches(one, step, step + 1)({"id": np.zeros(1, np.int64)}))
     return one.batch(step, {name: values[0] for name, values in columns.items()})
 
 
@@ -96,7 +96,9 @@ def test_the_same_views_on_any_number_of_workers_and_wherever_they_are_made(
 def test_steps_of_one_task_are_those_of_tasks_of_their_own(dataset: DataSet) -> None:
     one = stream(dataset, "predict-frame_order")
     tasks = np.arange(-(-STEPS // one.task_steps))
-    made = [{name: values[0] for name, values in row.items()} for row in Load(one, 0, STEPS)({"id": tasks})]
+    made = [
+        {name: values[0] for name, values in row.items()} for row in MakeBatches(one, 0, STEPS)({"id": tasks})
+    ]
     assert len(made) == STEPS
     for step, columns in enumerate(made):
         assert equal(one.batch(step, columns), batch_of(one, step))
@@ -104,7 +106,7 @@ def test_steps_of_one_task_are_those_of_tasks_of_their_own(dataset: DataSet) -> 
 
 def test_a_shared_stream_carries_views_of_clips(dataset: DataSet) -> None:
     streams = [stream(dataset, method) for method in ("predict-frame_order", "audio_visual")]
-    union = shared.union(streams)
+    union = shared.merge_streams(streams)
     batch = batch_of(union, 2)
     for one in streams:
         own = batch_of(one, 2)
@@ -157,7 +159,7 @@ def test_a_method_of_clips_is_refused_on_images_and_a_silent_set(
             Model.of(configured("audio_visual"), dataset)
         Model.of(configured("triplet-tracking"), dataset)
         dataset.manifest.clips["with_sound"] = dataset.num_images - 1
-        readiness.check(configured("audio_visual", str(tmp_path / "run")), dataset)
+        preflight.check_and_plan(configured("audio_visual", str(tmp_path / "run")), dataset)
         assert caplog.text.count("1 of") == caplog.text.count("have no sound") == 1
     finally:
         del dataset.manifest.clips["with_sound"]

@@ -26,7 +26,7 @@ from tests.data import make_dataset
 
 
 def stream(dataset: DataSet, epochs: float, share: DataShare) -> Stream:
-    plan = replace(Plan.of(dataset, 16, seed=3, epochs=epochs), groups_per_window=2, stretch=1)
+    plan = replace(Plan.of(dataset, 16, seed=3, epochs=epochs), groups_per_window=2, steps_per_block=1)
     views = {"image": View(build("identity", {}, Geometry(image_size=32)), recipe("plain"))}
     return Stream(dataset, plan, views, share=share)
 
@@ -52,24 +52,24 @@ def test_the_next_pipeline_starts_before_the_last_one_ends(
     monkeypatch.setattr(data_tasks, "pipeline", Counting)
     dataset = make_dataset(tmp_path / "set", 64)
     # Two pipelines and a piece of a third one.
-    one = stream(dataset, (2 * data_tasks.SEGMENT + 40) * 16 / 64, DataShare(1.0, 3.0))
+    one = stream(dataset, (2 * data_tasks.TASKS_PER_EXECUTION + 40) * 16 / 64, DataShare(1.0, 3.0))
     steps = []
     for columns in one.columns(0, one.plan.num_steps):
         step = int(columns["index"][0])
         steps.append(step)
-        following = step - step % data_tasks.SEGMENT + data_tasks.SEGMENT
-        if following - step == data_tasks.SEGMENT // 2:
+        following = step - step % data_tasks.TASKS_PER_EXECUTION + data_tasks.TASKS_PER_EXECUTION
+        if following - step == data_tasks.TASKS_PER_EXECUTION // 2:
             assert following not in starts
         # Three tasks of a step each run at a time, so there is time for the next pipeline to start.
         if following - step == 3 and following < one.plan.num_steps:
             with changed:
                 assert changed.wait_for(lambda: following in starts, 60)  # noqa: B023
     assert steps == list(range(one.plan.num_steps))
-    assert starts == {0, data_tasks.SEGMENT, 2 * data_tasks.SEGMENT}
+    assert starts == {0, data_tasks.TASKS_PER_EXECUTION, 2 * data_tasks.TASKS_PER_EXECUTION}
 
 
 def test_a_process_unpickles_a_stream_once(tmp_path: Path) -> None:
-    load = data_tasks.Load(stream(make_dataset(tmp_path / "set", 64), 1, DataShare()), 0, 4)
+    load = data_tasks.MakeBatches(stream(make_dataset(tmp_path / "set", 64), 1, DataShare()), 0, 4)
     sent = pickle.dumps(load)
     first, second = pickle.loads(sent), pickle.loads(sent)
     assert first.stream is second.stream
@@ -103,14 +103,14 @@ def scene(uri: str) -> None:
     home = nodes[0].node_id
 
     def places() -> list[str]:
-        class Where(data_tasks.Load):
+        class Where(data_tasks.MakeBatches):
             def __call__(self, task: Columns) -> Iterator[Columns]:
                 for columns in super().__call__(task):
                     node = ray.get_runtime_context().get_node_id()
                     columns["index"] = np.array([[node]])
                     yield columns
 
-        data_tasks.Load = Where  # type: ignore[misc]
+        data_tasks.MakeBatches = Where  # type: ignore[misc]
         one = stream(DataSet.open(uri), 3, DataShare(1.0, 2.0))
         return [str(columns["index"][0]) for columns in one.columns(0, one.plan.num_steps)]
 

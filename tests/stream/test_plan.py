@@ -62,7 +62,7 @@ def test_every_image_once_in_each_epoch(
     batch = min(batch, sum(row_groups))
     of = Plan.of(dataset(*row_groups), batch, 3, epochs)
     if window_groups is not None:
-        of = replace(of, groups_per_window=window_groups, stretch=1 + window_groups)
+        of = replace(of, groups_per_window=window_groups, steps_per_block=1 + window_groups)
     if round(epochs * of.num_images) > 0:
         assert_once_in_each_epoch(of, epochs)
 
@@ -127,7 +127,7 @@ def test_batches_mix_the_data_set() -> None:
 
 def test_workers_read_row_groups_of_their_own() -> None:
     of = plan(num_images=64_000, rows_per_group=500, batch=64, epochs=1)
-    steps = range(of.stretch)
+    steps = range(of.steps_per_block)
     read = [
         {g for step in steps for g in (of.rows(step, rank, 8).indices_b // 500).tolist()} for rank in range(8)
     ]
@@ -144,7 +144,7 @@ def test_number_of_steps(epochs: float, batch: int, steps: int) -> None:
 
 def test_a_billion_images_in_a_million_row_groups() -> None:
     starts = np.arange(1_000_001, dtype=np.int64) * 1000
-    of = Plan(starts, 4096, 0, groups_per_window=1, stretch=2, num_steps=10**9)
+    of = Plan(starts, 4096, 0, groups_per_window=1, steps_per_block=2, num_steps=10**9)
     tracemalloc.start()
     rows = of.rows(123_456_789, rank=3, world=8)
     peak = tracemalloc.get_traced_memory()[1]

@@ -44,7 +44,7 @@ def views() -> dict[str, View]:
 
 def stream(dataset: DataSet, rank: int = 0, world: int = 1, place: str = "data", epochs: float = 2) -> Stream:
     # Small pieces, so that the run takes ten data tasks.
-    plan = replace(Plan.of(dataset, BATCH, seed=3, epochs=epochs), groups_per_window=2, stretch=2)
+    plan = replace(Plan.of(dataset, BATCH, seed=3, epochs=epochs), groups_per_window=2, steps_per_block=2)
     configs = {
         "data": StreamConfig(),
         "trainer": StreamConfig(place="trainer"),

@@ -14,7 +14,7 @@ from raysl.augment import recipe
 from raysl.dataset import DataSet
 from raysl.pretext import Geometry, build
 from raysl.storage import Folder, parquet_parts
-from raysl.stream.data_tasks import Load
+from raysl.stream.data_tasks import MakeBatches
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Columns, Stream
 from raysl.stream.views import View
@@ -43,14 +43,14 @@ def remote(local: DataSet) -> DataSet:
 
 
 def stream(dataset: DataSet) -> Stream:
-    plan = replace(Plan.of(dataset, 16, seed=3, epochs=1), groups_per_window=1, stretch=2)
+    plan = replace(Plan.of(dataset, 16, seed=3, epochs=1), groups_per_window=1, steps_per_block=2)
     views = {"image": View(build("identity", {}, Geometry(image_size=16)), recipe("plain"))}
     return Stream(dataset, plan, views)
 
 
 def batches(one: Stream) -> list[Columns]:
     tasks = np.arange(-(-one.plan.num_steps // one.task_steps))
-    return list(Load(one, 0, one.plan.num_steps)({"id": tasks}))
+    return list(MakeBatches(one, 0, one.plan.num_steps)({"id": tasks}))
 
 
 def test_a_shard_takes_two_requests_once_and_a_row_group_one(store: str, local: DataSet) -> None:

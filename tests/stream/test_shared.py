@@ -16,7 +16,7 @@ from raysl.pretext.jigsaw import Config as Jigsaw
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream, StreamConfig
-from raysl.stream.shared import StreamActor, Subscriber, batches, union, view_keys
+from raysl.stream.shared import StreamActor, Subscriber, batches, merge_streams, view_keys
 from raysl.stream.views import View
 from tests.data import make_dataset
 from tests.stream.test_reader import BATCH, SHARE, InTurn, fingerprints
@@ -35,17 +35,17 @@ def stream(dataset: DataSet, jigsaw: Jigsaw = Jigsaw(), colors: str = "pirl", pl
         "transformed": View(build("jigsaw", {"jigsaw": jigsaw}, geometry), recipe(colors)),
         "image": View(build("identity", {}, geometry), recipe(colors)),
     }
-    plan = replace(Plan.of(dataset, BATCH, seed=3, epochs=2), groups_per_window=2, stretch=2)
+    plan = replace(Plan.of(dataset, BATCH, seed=3, epochs=2), groups_per_window=2, steps_per_block=2)
     return Stream(dataset, plan, views, StreamConfig("trainer" if place == "trainer" else "data"), SHARE)
 
 
-def opened(streams: list[Stream], start: int = 0, patience_s: float = 60) -> tuple[Any, list[Subscriber]]:
+def opened(streams: list[Stream], start: int = 0, timeout_s: float = 60) -> tuple[Any, list[Subscriber]]:
     """An actor that holds six batches, and a subscriber for each of the streams."""
     import ray
 
-    one = union(streams)
+    one = merge_streams(streams)
     actor = ray.remote(num_cpus=0, max_concurrency=16)(StreamActor).remote(
-        one, start, one.plan.num_steps, 1, patience_s
+        one, start, one.plan.num_steps, 1, timeout_s
     )
     subscribers = [Subscriber(str(i), (actor,), view_keys(each)) for i, each in enumerate(streams)]
     assert all(ray.get([actor.expect.remote(subscriber.run, start) for subscriber in subscribers]))
@@ -71,11 +71,12 @@ def test_equal_views_are_made_once_and_equal_crops_cut_once(dataset: DataSet) ->
         stream(dataset, few, gray),
     ]
     assert (
-        sorted(name.partition("@")[0] for name in union(streams).views) == ["image"] * 2 + ["transformed"] * 3
+        sorted(name.partition("@")[0] for name in merge_streams(streams).views)
+        == ["image"] * 2 + ["transformed"] * 3
     )
     # Where trainers make the views, only crops are sent, and these are equal.
     crops = [replace(one, config=StreamConfig("trainer")) for one in streams]
-    assert sorted(name.partition("@")[0] for name in union(crops).views) == ["image", "transformed"]
+    assert sorted(name.partition("@")[0] for name in merge_streams(crops).views) == ["image", "transformed"]
 
 
 @pytest.mark.ray
@@ -96,7 +97,7 @@ def test_a_run_that_falls_silent_keeps_nobody_waiting_and_can_go_on(
     dataset: DataSet, expected: Prints
 ) -> None:
     one = stream(dataset)
-    _, subscribers = opened([one, one, one], patience_s=0.2)
+    _, subscribers = opened([one, one, one], timeout_s=0.2)
     slow, quick = (batches(one, subscriber) for subscriber in subscribers[:2])  # the third never comes
     seen = [fingerprints(next(slow)) for _ in range(3)]
     assert [fingerprints(batch) for batch in quick] == expected
@@ -107,8 +108,8 @@ def test_a_run_that_falls_silent_keeps_nobody_waiting_and_can_go_on(
 def test_the_window_is_bounded_and_nobody_is_more_than_that_ahead(
     dataset: DataSet, ray_session: None
 ) -> None:
-    one = union([stream(dataset)])
-    actor = StreamActor(one, 0, one.plan.num_steps, window_bytes=1, patience_s=60)
+    one = merge_streams([stream(dataset)])
+    actor = StreamActor(one, 0, one.plan.num_steps, window_bytes=1, timeout_s=60)
     names = ["", *one.views]
     assert actor.expect("slow", 0)
     assert actor.expect("quick", 0)

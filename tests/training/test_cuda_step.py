@@ -21,7 +21,7 @@ from raysl.optim import OptimConfig
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.stream.data_tasks import Load
+from raysl.stream.data_tasks import MakeBatches
 from raysl.stream.reader import DataShare, StreamConfig
 from raysl.training.worker import Job, Meter, Worker
 from tests.data import make_clips, make_dataset
@@ -112,10 +112,10 @@ def step(
     job = Job(config.to_json(), Run(Folder(str(tmp_path))), dataset, Placement(1.0, 1.0, DataShare(), 1))
     with pretended() if on_gpu else contextlib.nullcontext(Counts()) as counts:
         worker = Worker(job, CUDA if on_gpu else torch.device("cpu"))
-        model, stream, meter = worker.distributed(), worker._stream(), Meter(0, worker.plan)
+        model, stream, meter = worker.wrapped_model(), worker._stream(), Meter(0, worker.plan)
         columns = [
             {key: values[0] for key, values in row.items()}
-            for row in Load(stream, 0, 2)({"id": np.arange(-(-2 // stream.plan.stretch))})
+            for row in MakeBatches(stream, 0, 2)({"id": np.arange(-(-2 // stream.plan.steps_per_block))})
         ]
         for number, arrived in enumerate(columns[:2]):
             counts.clear()

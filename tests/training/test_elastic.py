@@ -34,7 +34,7 @@ from tests.training.test_launch import Listener
 
 CPUS = Machines(({"CPU": 0.0}, {"CPU": 2.0}, {"CPU": 1.5}))
 GPUS = Machines(({"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}))
-GROWING = Machines(({"CPU": 4.0},), later=({"CPU": 8.0, "GPU": 1.0},) * 4, room=4)
+GROWING = Machines(({"CPU": 4.0},), later=({"CPU": 8.0, "GPU": 1.0},) * 4, max_new_machines=4)
 
 
 def cpus(number: float) -> Machines:
@@ -46,29 +46,29 @@ def cpus(number: float) -> Machines:
 )
 def test_as_many_as_fit_and_divide_the_batch(found: Machines, gpus: bool, expected: int) -> None:
     """Three would fit the first two, and do not divide a batch of 8."""
-    assert elastic.size((1, 2, 4, 8), found, gpus) == expected
+    assert elastic.largest_count((1, 2, 4, 8), found, gpus) == expected
 
 
 def test_a_group_is_placed_on_what_there_is() -> None:
-    group = elastic.gather((1, 2, 4), GPUS)
+    group = elastic.largest_group((1, 2, 4), GPUS)
     assert (group.workers, group.gpus) == (2, True)
-    assert elastic.gather((1, 2, 3), CPUS).workers == 3
+    assert elastic.largest_group((1, 2, 3), CPUS).workers == 3
 
 
 def test_the_fewest_may_share_a_cpu_or_wait_for_machines() -> None:
-    assert elastic.gather((4, 8), CPUS).workers == 4
-    group = elastic.gather((2, 4), GROWING)
+    assert elastic.largest_group((4, 8), CPUS).workers == 4
+    group = elastic.largest_group((2, 4), GROWING)
     assert (group.workers, group.gpus) == (2, True)
 
 
 def test_what_began_on_gpus_does_not_go_on_without() -> None:
     with pytest.raises(UserError, match="GPUs"):
-        elastic.gather((1, 2), CPUS, gpus=True)
+        elastic.largest_group((1, 2), CPUS, gpus=True)
 
 
 def test_a_run_is_resized_once_the_room_has_lasted() -> None:
     now = [0.0]
-    resizing = Resizing((1, 2, 4), elastic.gather((2,), cpus(2)), clock=lambda: now[0])
+    resizing = Resizing((1, 2, 4), elastic.largest_group((2,), cpus(2)), clock=lambda: now[0])
     assert not resizing.due(cpus(3))
     assert not resizing.due(cpus(4))
     now[0] = 20

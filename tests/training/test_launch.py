@@ -177,7 +177,7 @@ def placement_groups() -> list[str]:
 def test_a_worker_that_hangs_is_named_and_the_run_goes_on(
     finished: Run, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("raysl.training.launch"), "EXCHANGE_WITHIN_S", 30)
+    monkeypatch.setattr(importlib.import_module("raysl.training.launch"), "EXCHANGE_TIMEOUT_S", 30)
     config = configuration(dataset, tmp_path / "run")
     said: list[str] = []
 
@@ -195,7 +195,7 @@ def test_a_worker_that_hangs_is_named_and_the_run_goes_on(
     assert placement_groups() == []
 
 
-@pytest.mark.slow  # test_local.py kills one without Ray
+@pytest.mark.slow  # test_in_process.py kills one without Ray
 def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     """Killed after its first checkpoint, then continued by another process."""
     run = tmp_path / "run"
@@ -204,7 +204,7 @@ def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = Run(Folder(str(run))).checkpoints
     deadline = time.monotonic() + 300
-    while checkpoint.newest(checkpoints) is None:
+    while checkpoint.newest_checkpoint(checkpoints) is None:
         assert time.monotonic() < deadline
         with contextlib.suppress(subprocess.TimeoutExpired):
             pytest.fail(f"the driver ended, with {driver.wait(0.1)}, before it could be killed")
@@ -230,7 +230,7 @@ def read_until_step(descriptor: int) -> str:
     ("number", "name", "code"),
     [
         (signal.SIGINT, "Ctrl-C", 130),
-        # The handlers of these two are tested without Ray in test_local.py.
+        # The handlers of these two are tested without Ray in test_in_process.py.
         pytest.param(signal.SIGTERM, "SIGTERM", 143, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, "SIGHUP", 129, marks=pytest.mark.slow),
     ],

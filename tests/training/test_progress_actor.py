@@ -10,7 +10,12 @@ import pytest
 from raysl.checkpoint import SaveConfig
 from raysl.errors import UserError
 from raysl.training import progress_actor
-from raysl.training.progress_actor import IMAGES, OTHERS, ProgressActor, RemoteProgress
+from raysl.training.progress_actor import (
+    WAITING_FOR_IMAGES,
+    WAITING_FOR_WORKERS,
+    ProgressActor,
+    RemoteProgress,
+)
 
 
 def test_rows_are_taken_once_and_the_first_failure_stays() -> None:
@@ -59,10 +64,10 @@ def test_workers_that_wait_in_vain_tell_what_they_do_and_end(monkeypatch: pytest
     )
     one, two = (RemoteProgress(called, rank) for rank in range(2))
     now_s = time.monotonic()
-    one.at(7, OTHERS)
-    two.at(7, IMAGES)
+    one.set_activity(7, WAITING_FOR_WORKERS)
+    two.set_activity(7, WAITING_FOR_IMAGES)
     assert not one.is_late(1000, now_s + 920)
-    one.at(8, OTHERS)
+    one.set_activity(8, WAITING_FOR_WORKERS)
     assert not one.is_late(1000, now_s + 10), "it has ended a step after all"
     assert not one.is_late(1000, now_s + 920)
     assert not two.is_late(1000, now_s + 9999), "torch does not end a worker that waits for images"
@@ -81,7 +86,7 @@ def test_workers_that_wait_in_vain_tell_what_they_do_and_end(monkeypatch: pytest
 
 
 def test_a_stall_of_all_workers_names_the_network() -> None:
-    said = progress_actor.stall_sentence(3, {0: OTHERS, 1: OTHERS}, workers=2)
+    said = progress_actor.stall_sentence(3, {0: WAITING_FOR_WORKERS, 1: WAITING_FOR_WORKERS}, workers=2)
     assert "none is behind the others" in said
     assert "NCCL_SOCKET_IFNAME" in said
 
@@ -99,29 +104,31 @@ def test_lost_steps_are_counted_once() -> None:
 
 def test_a_run_without_a_checkpoint_starts_again_and_does_not_resume() -> None:
     actor = ProgressActor()
-    assert actor.begin(0, workers=1, reached=20, saves=SaveConfig().told()) == 20
+    assert actor.begin(0, workers=1, reached=20, saves=SaveConfig().describe()) == 20
     (said,) = actor.take_messages()
     assert said == (
         "No checkpoint had been saved yet (one is saved every 5 minutes, by --save.every-minutes), so the run starts "
         "again; 20 steps or more were lost."
     )
-    assert SaveConfig(every_minutes=0).told() == "one is saved only at the end"
+    assert SaveConfig(every_minutes=0).describe() == "one is saved only at the end"
     assert (
         SaveConfig(100, 0.5)
-        .told()
+        .describe()
         .endswith("0.5 minutes, by --save.every-minutes and every 100 steps, by --save.every-steps")
     )
-    assert "begins again" in progress_actor.resuming(0)
-    assert "resumes from the checkpoint of step 7" in progress_actor.resuming(7)
+    assert "begins again" in progress_actor.resume_hint(0)
+    assert "resumes from the checkpoint of step 7" in progress_actor.resume_hint(7)
 
 
 def test_a_row_as_a_line() -> None:
     row = {"step": 20, "epoch": 1.5, "images_per_s": 812.4, "wait_share": 0.031, "loss": 5.4321, "lr": 0.03}
-    line = progress_actor.line({**row, "eta_s": 3725.0}, num_steps=100, epochs=10)
+    line = progress_actor.format_row({**row, "eta_s": 3725.0}, num_steps=100, epochs=10)
     assert line == "step    20/100  epoch   1.5     812 images/s  waits  3%  loss  5.4321  ETA 1:02:05"
-    assert progress_actor.line({**row, "eta_s": float("nan")}, num_steps=100, epochs=10).endswith("ETA ?")
+    assert progress_actor.format_row({**row, "eta_s": float("nan")}, num_steps=100, epochs=10).endswith(
+        "ETA ?"
+    )
 
 
 def test_the_last_batch_does_not_show_more_epochs_than_the_run_has() -> None:
     row = {"step": 58, "epoch": 10.06, "images_per_s": 1.0, "wait_share": 0.0, "loss": 1.0, "eta_s": 0.0}
-    assert "  epoch  10.0  " in progress_actor.line(row, num_steps=58, epochs=10)
+    assert "  epoch  10.0  " in progress_actor.format_row(row, num_steps=58, epochs=10)

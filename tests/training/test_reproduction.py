@@ -47,7 +47,7 @@ def test_a_run_in_two_parts_is_reproduced_in_one_to_the_last_bit(local: bool, ru
     """On Ray too."""
     assert run.newest().step == 6
     found = reproduce(run, ReproduceConfig(local=local))
-    assert found.same, found.numbers
+    assert found.same, found.result_differences
     assert found.steps == 6
     assert found.compared == ("numbers", "weights")
     # The numbers that are compared are there.
@@ -74,11 +74,11 @@ def test_differences_are_listed(run: Run, tmp_path: Path) -> None:
     copy = edited(run, tmp_path / "copy", metadata, loss=1.0)
     found = reproduce(copy, ReproduceConfig(out=str(tmp_path / "again"), local=True))
     assert not found.same
-    assert any(line.startswith("data: fingerprint another") for line in found.ingredients)
-    assert any(line.startswith("packages.torch: 1.0 in session 1") for line in found.ingredients)
-    assert len(found.numbers) == 1
-    assert found.numbers[0].startswith("loss: 1 then")
-    assert "at step 3 first" in found.numbers[0]
+    assert any(line.startswith("data: fingerprint another") for line in found.input_differences)
+    assert any(line.startswith("packages.torch: 1.0 in session 1") for line in found.input_differences)
+    assert len(found.result_differences) == 1
+    assert found.result_differences[0].startswith("loss: 1 then")
+    assert "at step 3 first" in found.result_differences[0]
     with pytest.raises(UserError, match="already holds a run"):
         reproduce(copy, ReproduceConfig(out=str(tmp_path / "again"), local=True))
 
@@ -102,7 +102,7 @@ def test_an_interrupted_repetition_is_resumed(
         with pytest.raises(UserError, match="already holds a run"):  # One of other images is not resumed.
             reproduce(run, ReproduceConfig(out=out, local=True))
     found = reproduce(run, ReproduceConfig(out=out, local=True))
-    assert found.same, found.numbers
+    assert found.same, found.result_differences
     assert len(found.run.metadata()["sessions"]) == 2
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 
-from raysl.training.signals import caught
+from raysl.training.signals import catch_stop_signals
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     """As in programs that `nohup` started."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with caught(lambda: None) as signals:
+        with catch_stop_signals(lambda: None) as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             assert not signals.received.is_set()

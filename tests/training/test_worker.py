@@ -21,7 +21,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.stream.data_tasks import Load
+from raysl.stream.data_tasks import MakeBatches
 from raysl.stream.reader import Batch, Columns, DataShare, Stream
 from raysl.training.worker import Job, Worker
 from tests.data import make_dataset
@@ -44,7 +44,7 @@ def job(folder: Path, dataset: DataSet, backbone: str = "small", weights: str = 
 def batch(worker: Worker, step: int) -> Batch:
     """The batch of a step, by way of the columns that a data task returns."""
     stream = worker.model.stream(worker.job.dataset)
-    columns = next(Load(stream, step, step + 1)({"id": np.zeros(1, np.int64)}))
+    columns = next(MakeBatches(stream, step, step + 1)({"id": np.zeros(1, np.int64)}))
     return stream.batch(step, {name: values[0] for name, values in columns.items()})
 
 
@@ -106,11 +106,11 @@ def test_a_manifest_of_a_killed_session_does_not_complete_a_later_checkpoint(tmp
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     def source(stream: Stream, first: int, end: int) -> Iterator[Columns]:
-        for columns in Load(stream, first, end)({"id": np.zeros(1, np.int64)}):
+        for columns in MakeBatches(stream, first, end)({"id": np.zeros(1, np.int64)}):
             yield {name: values[0] for name, values in columns.items()}
 
     settings = replace(job(tmp_path / "run", make_dataset(tmp_path / "set", 40)), until=1)
-    worker = Worker(settings, torch.device("cpu"), source=source)
+    worker = Worker(settings, torch.device("cpu"), reader=source)
     # As when a root of 0 is differentiated: the loss is finite and the gradient is not.
     next(worker.model.parameters()).register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
     said = (

@@ -9,7 +9,7 @@ import pytest
 
 from raysl.errors import UserError
 from raysl.tuning.config import SweepConfig
-from raysl.tuning.sweep import _filled
+from raysl.tuning.sweep import _with_defaults
 
 
 def made(**changes: Any) -> SweepConfig:
@@ -54,7 +54,7 @@ def test_what_is_refused(changes: dict[str, Any], answer: str) -> None:
 def test_a_field_that_is_newer_than_a_sweep_has_its_default() -> None:
     defaults = {"stream": {"place": "data", "decode": "data"}, "epochs": 1, "parts": {}}
     begun = {"stream": {"place": "trainer"}, "epochs": 2, "parts": {"pirl": {"dim": 8}}}
-    assert _filled(begun, defaults) == {
+    assert _with_defaults(begun, defaults) == {
         "stream": {"place": "trainer", "decode": "data"},
         "epochs": 2,
         "parts": {"pirl": {"dim": 8}},

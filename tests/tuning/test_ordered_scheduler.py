@@ -16,7 +16,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from raysl.storage import StorageError
-from raysl.tuning.ordered_scheduler import MAX_CRASHES, OrderedScheduler
+from raysl.tuning.ordered_scheduler import MAX_TRIAL_CRASHES, OrderedScheduler
 
 
 def test_a_full_disk_ends_the_sweep_and_not_the_trial(tmp_path: Path) -> None:
@@ -44,6 +44,6 @@ def test_a_second_error_of_a_lost_actor_does_not_end_a_trial() -> None:
     scheduler.choose_trial_to_run(controller)
     assert queued == [trial]
     assert not rows
-    for _ in range(MAX_CRASHES):
+    for _ in range(MAX_TRIAL_CRASHES):
         scheduler.on_trial_error(controller, trial)
     assert [row["event"] for row in rows] == ["failed"]

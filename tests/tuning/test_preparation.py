@@ -115,8 +115,8 @@ def test_runs_at_a_time_follow_from_the_cluster(
 ) -> None:
     monkeypatch.setattr(placement, "machines", lambda: machines)
     found = prepare(base(data[0]), config(data, tmp_path, max_concurrent=0, vary=vary, seeds=seeds))
-    task = found.task
-    assert (task.trials_at_once, task.seeds_at_once, task.placement.cpus_per_worker) == expected
+    context = found.context
+    assert (context.trials_at_once, context.seeds_at_once, context.placement.cpus_per_worker) == expected
 
 
 def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], tmp_path: Path) -> None:
@@ -136,8 +136,10 @@ def test_a_tenth_of_the_labelled_images_is_held_out(tmp_path: Path) -> None:
 
 
 def test_what_the_trials_of_a_plain_tuner_share(data: tuple[str, str], tmp_path: Path) -> None:
-    task = tune_trainable(base(data[0]), str(tmp_path), validation=data[1], seeds=(0, 1), rungs=(0.5, 1)).task
-    assert (task.trials_at_once, task.seeds_at_once, task.keep_rungs) == (1, 1, True)
-    assert [task.until(task.base, rung) for rung in range(2)] == [6, 12]
+    context = tune_trainable(
+        base(data[0]), str(tmp_path), validation=data[1], seeds=(0, 1), rungs=(0.5, 1)
+    ).context
+    assert (context.trials_at_once, context.seeds_at_once, context.keep_rungs) == (1, 1, True)
+    assert [context.until(context.base, rung) for rung in range(2)] == [6, 12]
     with pytest.raises(UserError, match="9 runs at a time"):
         tune_trainable(base(data[0]), str(tmp_path), validation=data[1], max_concurrent=9)

@@ -22,7 +22,7 @@ def test_runs_that_take_the_same_steps_share_a_stream(
     """The second trial takes the place that was kept for it; another seed or schedule has a stream of its own."""
     images = make_dataset(tmp_path / "set", 96)
     one = base(str(images.folder), backbone=BackboneConfig("small"))
-    task: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         base=one, images=images, trials_at_once=2, placement=SimpleNamespace(share=DataShare())
     )
     opened: list[int] = []
@@ -33,7 +33,7 @@ def test_runs_that_take_the_same_steps_share_a_stream(
 
     monkeypatch.setattr(shared_streams, "start_actors", start_actors)
     monkeypatch.setattr(shared_streams, "_register", lambda *_: True)
-    broker = shared_streams.StreamBroker(task, [{"pirl.temperature": 0.1}, {"pirl.temperature": 0.2}])
+    broker = shared_streams.StreamBroker(context, [{"pirl.temperature": 0.1}, {"pirl.temperature": 0.2}])
     first = broker.subscriber(0, replace(one, run="a"), 0, 12)
     second = broker.subscriber(1, replace(one, run="b"), 0, 12)
     assert opened == [2]

@@ -11,7 +11,7 @@ from ray import tune
 from raysl import ray_cluster
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.tuning.space import Space, configured, domain_ends, space
+from raysl.tuning.space import Space, apply_values, domain_ends, space
 from raysl.tuning.trainable import tune_trainable
 
 BASE = Pretraining("data", "run", parts={"pirl": {"dim": 16}})
@@ -45,14 +45,14 @@ def test_a_grid_is_every_combination_and_becomes_configurations() -> None:
         (0.2, 0.0, 0.1),
         (0.2, 1.0, 0.1),
     ]
-    config = configured(BASE, points.grid()[1])
+    config = apply_values(BASE, points.grid()[1])
     assert (config.parts["pirl"].temperature, config.parts["pirl"].lam, config.optim.lr) == (0.1, 1.0, 0.1)
     assert config.parts["pirl"].dim == 16
 
 
 def test_methods_can_vary_with_a_field_that_all_of_them_have() -> None:
     points = made("method=predict-jigsaw,pirl-jigsaw", "num_permutations=10,20")
-    configs = [configured(BASE, p) for p in points.grid()]
+    configs = [apply_values(BASE, p) for p in points.grid()]
     assert [(c.method, c.parts["jigsaw"].num_permutations) for c in configs][1:3] == [
         ("predict-jigsaw", 20),
         ("pirl-jigsaw", 10),
@@ -75,7 +75,7 @@ def test_rounded_values_stay_in_the_interval(low: float, high: float) -> None:
 
 def test_random_points_lie_in_the_interval_and_depend_on_the_number_alone() -> None:
     points = made("temperature=0.03..0.5", "num_negatives=64..4096", "pirl.head", listed=False)
-    drawn = [points.drawn(0, trial) for trial in range(200)]
+    drawn = [points.sample(0, trial) for trial in range(200)]
     temperatures = np.array([p["pirl.temperature"] for p in drawn])
     assert 0.03 <= temperatures.min() < 0.04
     assert 0.4 < temperatures.max() <= 0.5
@@ -83,8 +83,8 @@ def test_random_points_lie_in_the_interval_and_depend_on_the_number_alone() -> N
     assert 80 <= (temperatures < (0.03 * 0.5) ** 0.5).sum() <= 120
     assert all(isinstance(p["pirl.num_negatives"], int) for p in drawn)
     assert {p["pirl.head"] for p in drawn} == {"linear", "mlp", "bn"}
-    assert points.drawn(0, 150) == drawn[150]
-    assert points.drawn(1, 150) != drawn[150]
+    assert points.sample(0, 150) == drawn[150]
+    assert points.sample(1, 150) != drawn[150]
 
 
 def test_corners_hold_every_end() -> None:
@@ -122,18 +122,18 @@ def test_changed_values_are_moved_back_into_their_intervals() -> None:
 )
 def test_values_of_ray_tune_that_are_refused(values: dict[str, Any], answer: str) -> None:
     with pytest.raises(UserError, match=answer):
-        configured(BASE, values)
+        apply_values(BASE, values)
 
 
 def test_numbers_of_numpy_become_plain() -> None:
-    config = configured(BASE, {"pirl.temperature": np.float64(0.1), "pirl.num_negatives": np.int64(32)})
+    config = apply_values(BASE, {"pirl.temperature": np.float64(0.1), "pirl.num_negatives": np.int64(32)})
     assert type(config.parts["pirl"].num_negatives) is int
 
 
 def test_another_method_has_as_many_negatives() -> None:
-    base = configured(BASE, {"pirl.num_negatives": 32})
-    assert configured(base, {"method": "npid"}).parts["npid"].num_negatives == 32
-    assert configured(base, {"method": "simclr"}).parts.keys() == {"simclr"}
+    base = apply_values(BASE, {"pirl.num_negatives": 32})
+    assert apply_values(base, {"method": "npid"}).parts["npid"].num_negatives == 32
+    assert apply_values(base, {"method": "simclr"}).parts.keys() == {"simclr"}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_field_is_given_once() -> None:
 def test_a_value_that_the_field_does_not_allow_is_named() -> None:
     points = made("lam=0.5,2")
     with pytest.raises(UserError, match=r"pirl.lam is 2"):
-        configured(BASE, points.grid()[1])
+        apply_values(BASE, points.grid()[1])
 
 
 def test_the_ends_of_domains_of_ray_tune() -> None:
@@ -243,7 +243,7 @@ def test_arguments_of_a_trainable_are_refused(changes: dict[str, Any], answer: s
 
 def test_whole_numbers_are_drawn_equally_often_and_the_size_of_a_batch_from_its_list() -> None:
     points = made("jigsaw.grid=2..5", "batch_size", listed=False)
-    drawn = [points.drawn(0, trial) for trial in range(1000)]
+    drawn = [points.sample(0, trial) for trial in range(1000)]
     counts = np.bincount([p["jigsaw.grid"] for p in drawn], minlength=6)
     assert 200 < counts[2:].min() <= counts[2:].max() < 300
     assert {p["batch_size"] for p in drawn} == set(points.dimensions[1].values)

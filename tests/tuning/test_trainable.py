@@ -22,15 +22,15 @@ from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.stream.reader import DataShare
 from raysl.training.launch import pretrain
-from raysl.tuning.preparation import Task
+from raysl.tuning.preparation import TrialContext
 from raysl.tuning.sweep import _messages_logged
-from raysl.tuning.trainable import SETTINGS, Trial, trainable
+from raysl.tuning.trainable import SETTINGS, PretrainTrainable, trainable
 from tests.data import make_dataset
 from tests.tuning.small import base
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def context(tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
     folder = tmp_path_factory.mktemp("sweep")
     images, validation = make_dataset(folder / "train", 32), make_dataset(folder / "test", 16, seed=1)
     small = base(
@@ -38,11 +38,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     )
     placement = Placement(1.0, 0.0, DataShare(1.0, 1.0), 1, 2.0)
     out = str(folder / "out")
-    return Task(small, images, out, images, validation, "knn", (1,), (0.5, 1.0), 1, 1, placement)
+    return TrialContext(small, images, out, images, validation, "knn", (1,), (0.5, 1.0), 1, 1, placement)
 
 
-def trial(task: Task, name: str, **values: Any) -> Trial:
-    named: type[Trial] = type("Named", (trainable(task),), {"trial_name": name})
+def trial(context: TrialContext, name: str, **values: Any) -> PretrainTrainable:
+    named: type[PretrainTrainable] = type("Named", (trainable(context),), {"trial_name": name})
     return named({key.replace("__", "."): value for key, value in values.items()})
 
 
@@ -50,50 +50,54 @@ def files(run: Path, step: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "checkpoints" / f"step-{step:09d}").iterdir()}
 
 
-def test_a_trial_climbs_rungs_and_another_continues_from_its_weights(task: Task, tmp_path: Path) -> None:
-    better = trial(task, "0000", optim__lr=0.03)
+def test_a_trial_climbs_rungs_and_another_continues_from_its_weights(
+    context: TrialContext, tmp_path: Path
+) -> None:
+    better = trial(context, "0000", optim__lr=0.03)
     first = better.train()
     assert (first["rung"], first["t"], first["done"]) == (1, 1, False)
     better.save_checkpoint(str(tmp_path))
-    other = trial(task, "0001", optim__lr=0.01)
+    other = trial(context, "0001", optim__lr=0.01)
     other.load_checkpoint(str(tmp_path))
     assert other.train()["done"]
-    out = Path(task.out)
+    out = Path(context.out)
     copied, there = (files(out / "trials" / home / "seed-1", 2) for home in ("0001/from-rung-1", "0000"))
     assert copied
     assert copied == there
     # A trial that goes on in another process has the numbers of a run that nothing has interrupted.
-    again = trial(task, "0000", optim__lr=0.03)
+    again = trial(context, "0000", optim__lr=0.03)
     again.load_checkpoint(str(tmp_path))
     last = again.train()
     assert (last["rung"], last["t"], last["done"]) == (2, 2, True)
-    config = replace(task.base, run=str(tmp_path / "alone"), optim=replace(task.base.optim, lr=0.03), seed=1)
-    alone = pretrain(config, local=True, placement=task.placement).newest()
+    config = replace(
+        context.base, run=str(tmp_path / "alone"), optim=replace(context.base.optim, lr=0.03), seed=1
+    )
+    alone = pretrain(config, local=True, placement=context.placement).newest()
     assert Run.open(str(out / "trials" / "0000" / "seed-1")).newest().crc32() == alone.crc32()
 
 
-def test_what_is_known_is_not_measured_again(task: Task) -> None:
+def test_what_is_known_is_not_measured_again(context: TrialContext) -> None:
     rows = [{"seed": 1, "score": 0.5, "loss": 1.0}]
-    known = replace(task, known={("0002", 0): rows}, failures={"0002": "The loss became nan."})
+    known = replace(context, known={("0002", 0): rows}, failures={"0002": "The loss became nan."})
     climber = trial(known, "0002", optim__lr=0.03)
     assert climber.train()["score"] == 0.5
     with pytest.raises(UserError, match="became nan"):
         climber.train()
-    assert not (Path(task.out) / "trials" / "0002").exists()
+    assert not (Path(context.out) / "trials" / "0002").exists()
 
 
-def test_the_actor_of_a_trial_asks_for_what_its_run_takes(task: Task) -> None:
-    assert task.resources() == {"CPU": 2.0, "GPU": 0.0}
+def test_the_actor_of_a_trial_asks_for_what_its_run_takes(context: TrialContext) -> None:
+    assert context.resources() == {"CPU": 2.0, "GPU": 0.0}
     # The trainers of Ray Train ask for theirs, and so do the tasks of a shared stream.
-    several = replace(task, base=replace(task.base, workers=2))
+    several = replace(context, base=replace(context.base, workers=2))
     assert several.resources().keys() == {"node:__internal_head__"}
-    assert replace(task, broker=object()).resources()["CPU"] == 1.0
+    assert replace(context, broker=object()).resources()["CPU"] == 1.0
 
 
-def test_the_environment_stays_as_it_was(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_stays_as_it_was(context: TrialContext, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    trainable(task)
+    trainable(context)
     assert not SETTINGS.keys() & os.environ.keys()
 
 
@@ -123,9 +127,9 @@ def test_all_messages_of_the_runs_are_logged(caplog: pytest.LogCaptureFixture) -
     ],
 )
 def test_a_metric_that_no_result_has_is_refused_before_the_training(
-    task: Task, tmp_path: Path, settings: dict[str, Any], answer: str
+    context: TrialContext, tmp_path: Path, settings: dict[str, Any], answer: str
 ) -> None:
-    bound = trainable(task)
+    bound = trainable(context)
     tune.Tuner(
         bound,
         tune_config=tune.TuneConfig(mode="max" if "metric" in settings else None, **settings),

@@ -126,7 +126,7 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
     names = {"known": known, "slow": slow, "log": str(folder / "steps")}
     bound = type("Bound", (Toy,), names)
     ordered = OrderedScheduler(algorithms.scheduler(config, space, TIMES), TRIALS, notes, at_once)
-    fixed = {"random": lambda n: space.drawn(0, n), "grid": lambda n: space.grid()[n]}
+    fixed = {"random": lambda n: space.sample(0, n), "grid": lambda n: space.grid()[n]}
     source = fixed.get(searcher) or algorithms.searcher(config)
     begun = {trial: row["values"] for (trial, rung), row in notes.of("trial").items() if rung == 0}
     fit(

@@ -3,7 +3,7 @@
 A file `sources/foo.py` describes one kind with
 
     SUMMARY = "..."                             what such a source is, in a few words
-    def recognise(place: Place) -> Confidence   tells whether a place is of this kind
+    def recognise(location: SourceLocation) -> Confidence   whether it is of this kind
     class Source                                the opened source; see `Source`
     def read(unit: Unit) -> Iterator[Row]       the rows of a unit, in a worker
 
@@ -76,7 +76,7 @@ class ReadConfig(CheckedTop):
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """A source as the user named it, or the table that the rows of a Python object were written to."""
 
     uri: str  # absolute local path, URI, or a name such as "shapes:1000"
@@ -86,7 +86,7 @@ class Place:
     state: str = ""  # hash of the rows of an object
 
     @staticmethod
-    def parse(source: str, split: str = "", config: ReadConfig | None = None) -> Place:
+    def parse(source: str, split: str = "", config: ReadConfig | None = None) -> SourceLocation:
         """Split "uri#split"; `split` must agree when both are given. A local path may itself contain "#".
 
         A name that is no path from here is looked up in the folder that `$RAYSL_DATA` names.
@@ -103,8 +103,8 @@ class Place:
             )
         for path in (uri, str(Path(os.environ.get("RAYSL_DATA", ".")) / uri)):
             if _is_path(path):
-                return Place(Folder(path).uri, named or split, config or ReadConfig())
-        return Place(uri, named or split, config or ReadConfig())
+                return SourceLocation(Folder(path).uri, named or split, config or ReadConfig())
+        return SourceLocation(uri, named or split, config or ReadConfig())
 
     def __str__(self) -> str:
         return (f"{self.uri}#{self.split}" if self.split else self.uri) + self.config.flags()
@@ -166,7 +166,7 @@ class Source(Protocol):
     found: Found  # its classes and counts are complete once `units` is exhausted
     clips: Mapping[str, Any] = {}  # metadata of clips for the manifest, with the names of their "columns"
 
-    def __init__(self, place: Place) -> None: ...
+    def __init__(self, location: SourceLocation) -> None: ...
 
     def stamp(self) -> str:
         """Return a cheap hash that changes when the images of the source do."""
@@ -195,7 +195,7 @@ def in_units(items: Iterable[T], size: UnitSize, weigh: Callable[[T], tuple[int,
 @dataclass(frozen=True)
 class Opened:
     kind: str
-    place: Place
+    location: SourceLocation
     source: Source
 
 
@@ -211,41 +211,41 @@ def recognised() -> str:
 
 
 @names_checked()
-def open_source(place: Place) -> Opened:
+def open_source(location: SourceLocation) -> Opened:
     """Recognise and open a source. Raises UserError if no kind recognises it, or if it cannot be opened."""
     try:
-        sure = {name: kind.recognise(place) for name, kind in _kinds().items()}
-        best = max(sure, key=lambda name: int(sure[name]))
-        there = Folder(place.uri).exists()
-        survey = place.survey[0] if place.is_folder else None
-        if there and (refused := unsupported.refusal(place.uri, survey, bool(sure[best]))):
-            raise UserError(f"The source {place.uri!r} {refused}.")
-        if sure[best]:
-            return Opened(best, place, _kinds()[best].Source(place))
+        confidence = {name: kind.recognise(location) for name, kind in _kinds().items()}
+        best = max(confidence, key=lambda name: int(confidence[name]))
+        there = Folder(location.uri).exists()
+        survey = location.survey[0] if location.is_folder else None
+        if there and (refused := unsupported.refusal(location.uri, survey, bool(confidence[best]))):
+            raise UserError(f"The source {location.uri!r} {refused}.")
+        if confidence[best]:
+            return Opened(best, location, _kinds()[best].Source(location))
     except OSError as error:
-        raise unreadable(str(place), error) from error
-    if place.is_folder:
-        left_out = place.survey[1]
-        left_out.update(place.survey[0].others())
+        raise unreadable(str(location), error) from error
+    if location.is_folder:
+        left_out = location.survey[1]
+        left_out.update(location.survey[0].others())
         table = left_out.kinds.get(TABLE, (0, ""))[1]
-        advice = f"Give the table as the source: {join(place.uri, table)!r}." if table else recognised()
-        raise UserError(f"The folder {place.uri!r} holds no images. It holds {left_out}. {advice}")
+        advice = f"Give the table as the source: {join(location.uri, table)!r}." if table else recognised()
+        raise UserError(f"The folder {location.uri!r} holds no images. It holds {left_out}. {advice}")
     if there:
-        raise UserError(f"The file {place.uri!r} is of no known kind. {recognised()}")
-    if place.uri.startswith(("http://", "https://", "ftp://")):
+        raise UserError(f"The file {location.uri!r} is of no known kind. {recognised()}")
+    if location.uri.startswith(("http://", "https://", "ftp://")):
         raise UserError(
-            f"The source {place.uri!r} cannot be read: {web_answer(place.uri)}. From the web, raysl reads single "
+            f"The source {location.uri!r} cannot be read: {web_answer(location.uri)}. From the web, raysl reads single "
             "archives and tables, and from s3://, gs:// and hf://datasets/OWNER/NAME also folders. Check the address, "
             "or download the images and give the file or folder."
         )
-    if set("*?") & set(place.uri):
-        raise UserError(f"The source {place.uri!r} is a pattern, and raysl takes one source. {SEVERAL}")
+    if set("*?") & set(location.uri):
+        raise UserError(f"The source {location.uri!r} is a pattern, and raysl takes one source. {SEVERAL}")
     home, nor = os.environ.get("RAYSL_DATA"), ""
-    if home and "://" not in place.uri:
-        nor = f", and neither does {Path(home) / place.uri}, in $RAYSL_DATA"
+    if home and "://" not in location.uri:
+        nor = f", and neither does {Path(home) / location.uri}, in $RAYSL_DATA"
     raise UserError(
-        f"The source {place.uri!r} does not exist{nor}. {_nearest(place.uri)}`raysl ingest --help` lists what a source "
-        "may be."
+        f"The source {location.uri!r} does not exist{nor}. {_nearest(location.uri)}`raysl ingest --help` lists what a "
+        "source may be."
     )
 
 
@@ -273,15 +273,15 @@ def read(kind: str, unit: Unit) -> Iterator[Row]:
     return _kinds()[kind].read(unit)  # type: ignore[no-any-return]
 
 
-def files_ending(place: Place, suffixes: tuple[str, ...]) -> list[File]:
+def files_ending(location: SourceLocation, suffixes: tuple[str, ...]) -> list[File]:
     """Return the files of a place whose names end in one of some ways; the file itself if the place is one."""
-    if not place.is_folder:
-        return list(files_below(place.uri, 1))
-    files = files_below(place.uri, 3, follow_links=place.config.follow_links)
+    if not location.is_folder:
+        return list(files_below(location.uri, 1))
+    files = files_below(location.uri, 3, follow_links=location.config.follow_links)
     return [file for file in files if file.path.lower().endswith(suffixes)]
 
 
-def read_split(place: Place, files: list[File], kind: str) -> tuple[list[File], Found]:
+def read_split(location: SourceLocation, files: list[File], kind: str) -> tuple[list[File], Found]:
     """Return the files of the split that is read, and what was found, in which files of other kinds are left out.
 
     If no name of a file tells a split, the split may be one inside of the files.
@@ -289,10 +289,10 @@ def read_split(place: Place, files: list[File], kind: str) -> tuple[list[File], 
     by_path = {file.path: file for file in files}
     splits = by_split(by_path)
     named = sorted(splits.keys() - {""})
-    split = choose_split(place, named) if named else ""
+    split = choose_split(location, named) if named else ""
     found = Found("", splits=tuple(named), split=split)
-    if place.is_folder:
-        survey, left_out = place.survey
+    if location.is_folder:
+        survey, left_out = location.survey
         others = survey.others()
         others.kinds.pop(kind, None)
         found.left_out.update(left_out)
@@ -304,48 +304,50 @@ def read_split(place: Place, files: list[File], kind: str) -> tuple[list[File], 
     return [by_path[path] for path in splits[split]], found
 
 
-def choose_split(place: Place, splits: list[str]) -> str:
+def choose_split(location: SourceLocation, splits: list[str]) -> str:
     """Return the split to take of those that the source holds. Raises UserError if that is not decided."""
     known = ", ".join(splits) or "none"
-    if place.split and place.split not in splits:
-        same = [split for split in splits if split.lower() == place.split.lower()]
+    if location.split and location.split not in splits:
+        same = [split for split in splits if split.lower() == location.split.lower()]
         if len(same) == 1:
             return same[0]
-        raise UserError(f"The source {place.uri!r} has no split {place.split!r}. Its splits: {known}.")
-    if not place.split and len(splits) > 1:
-        one = f"{place.uri}#{splits[-1]}"
-        raise UserError(f"The source {place.uri!r} holds several splits: {known}. Name one, as in {one!r}.")
-    return place.split or "".join(splits)
+        raise UserError(f"The source {location.uri!r} has no split {location.split!r}. Its splits: {known}.")
+    if not location.split and len(splits) > 1:
+        one = f"{location.uri}#{splits[-1]}"
+        raise UserError(
+            f"The source {location.uri!r} holds several splits: {known}. Name one, as in {one!r}."
+        )
+    return location.split or "".join(splits)
 
 
 def numbered(
-    place: Place, kind: str, noun: str, known: dict[str, tuple[int, int, int]]
+    location: SourceLocation, kind: str, noun: str, known: dict[str, tuple[int, int, int]]
 ) -> tuple[int, dict[str, int], str]:
     """Parse the name of a drawn set, such as "shapes:1000?seed=3#test": its size, its options and its split.
 
     `noun` says what is drawn; every known option has a default, a smallest and a largest value.
     """
-    count, _, query = place.uri.partition(":")[2].partition("?")
+    count, _, query = location.uri.partition(":")[2].partition("?")
     options = {name: default for name, (default, _, _) in known.items()}
     example = f"{kind}:500?" + "&".join(f"{name}={value}" for name, value in options.items())
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in options:
             raise unknown(f"option of {kind}", name, options)
-        options[name] = _integer(name, value, known[name][1:], place, example)
-    split = place.split or "train"
+        options[name] = _integer(name, value, known[name][1:], location, example)
+    split = location.split or "train"
     if split not in ("train", "test"):
         raise unknown(f"split of {kind}", split, ["train", "test"])
-    return _integer(f"number of {noun}", count, (1, 2**40), place, example), options, split
+    return _integer(f"number of {noun}", count, (1, 2**40), location, example), options, split
 
 
-def _integer(name: str, text: str, bounds: tuple[int, int], place: Place, example: str) -> int:
+def _integer(name: str, text: str, bounds: tuple[int, int], location: SourceLocation, example: str) -> int:
     try:
         value = int(text)
     except ValueError:
         value = bounds[0] - 1
     if not bounds[0] <= value <= bounds[1]:
         raise UserError(
-            f"The {name} in {place.uri!r} is {text!r} and must be a whole number from {bounds[0]} to {bounds[1]}. "
+            f"The {name} in {location.uri!r} is {text!r} and must be a whole number from {bounds[0]} to {bounds[1]}. "
             f"Write it as in {example}."
         )
     return value

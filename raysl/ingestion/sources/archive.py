@@ -29,9 +29,9 @@ from raysl.ingestion.listing import ARCHIVE, IMAGE, LABEL_TABLES, VIDEO, File, S
 from raysl.ingestion.members import MOST_BYTES, Listing, Member, plain
 from raysl.ingestion.sources import (
     Confidence,
-    Place,
     ReadConfig,
     Row,
+    SourceLocation,
     Unit,
     UnitSize,
     choose_split,
@@ -54,33 +54,35 @@ _WHOLE = UnitSize(sys.maxsize, sys.maxsize)
 _PREFERRED = ("jpg", "jpeg", "png", "webp", "image", "img")
 
 
-def recognise(place: Place) -> Confidence:
-    if place.uri.lower().endswith(_SUFFIXES) and not place.is_folder and Folder(place.uri).exists():
+def recognise(location: SourceLocation) -> Confidence:
+    if location.uri.lower().endswith(_SUFFIXES) and not location.is_folder and Folder(location.uri).exists():
         return Confidence.IS
-    if not place.is_folder:
+    if not location.is_folder:
         return Confidence.NO
-    survey, _ = place.survey
+    survey, _ = location.survey
     archives = survey.others().kinds.get(ARCHIVE, (0, ""))[0]
     # A few loose pictures beside many archives, such as a preview, are not the data set.
     few = survey.images() <= min(archives, 20) and 100 * survey.num_bytes[IMAGE] < survey.num_bytes[ARCHIVE]
-    return Confidence.IS if few and files_ending(place, _SUFFIXES) else Confidence.NO
+    return Confidence.IS if few and files_ending(location, _SUFFIXES) else Confidence.NO
 
 
-def _list(place: Place, path: str) -> Listing:
-    with tar.opened(place.uri, path) as (_, packed):
-        listing = Listing(path, {"": "tar", "zip": "zip"}.get(packed, "stream"), printable(path or place.uri))
+def _list(location: SourceLocation, path: str) -> Listing:
+    with tar.opened(location.uri, path) as (_, packed):
+        listing = Listing(
+            path, {"": "tar", "zip": "zip"}.get(packed, "stream"), printable(path or location.uri)
+        )
     if packed == "zip":
-        _list_zip(place, listing)
+        _list_zip(location, listing)
         return listing
-    for number, (member, content) in enumerate(tar.members(place.uri, path)):
+    for number, (member, content) in enumerate(tar.members(location.uri, path)):
         if not member.isdir():
             entry = Member(member.name, number if packed else member.offset_data, member.size)
-            listing.take(entry, member.isfile() and not member.issparse(), content, place.config)
+            listing.take(entry, member.isfile() and not member.issparse(), content, location.config)
     return listing
 
 
-def _list_zip(place: Place, listing: Listing) -> None:
-    with _opened_zip(place.uri, listing.path) as archive:
+def _list_zip(location: SourceLocation, listing: Listing) -> None:
+    with _opened_zip(location.uri, listing.path) as archive:
         for info in archive.infolist():
             if info.is_dir():
                 continue
@@ -91,7 +93,7 @@ def _list_zip(place: Place, listing: Listing) -> None:
             linked = stat.S_ISLNK(info.external_attr >> 16)
             member = Member(info.filename, -1, info.file_size)
             try:
-                listing.take(member, not linked, partial(_content, archive, info), place.config)
+                listing.take(member, not linked, partial(_content, archive, info), location.config)
             except _ZIP_DAMAGE:
                 if info.filename.lower().endswith(_LABELS):
                     raise
@@ -117,29 +119,31 @@ def _opened_zip(root: str, path: str) -> Iterator[zipfile.ZipFile]:
 class Source:
     """See `raysl.ingestion.sources.Source`."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, location: SourceLocation) -> None:
+        self._location = location
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []
-        self._files, self.found = read_split(place, files_ending(place, _SUFFIXES), ARCHIVE)
+        self._files, self.found = read_split(location, files_ending(location, _SUFFIXES), ARCHIVE)
         self._split = split = self.found.split
         with ThreadPoolExecutor(8) as pool:
-            self._listings = list(pool.map(lambda file: _list(place, file.path), self._files))
+            self._listings = list(pool.map(lambda file: _list(location, file.path), self._files))
         # By archive, the classes of its images in its table; None if no archive has one.
         self._class_of: dict[str, dict[str, str]] | None = None
-        inner = self._inner_split(place)
+        inner = self._inner_split(location)
         self.encoded_here = bool(self.clips)
-        self.name = str(replace(place, split=split or inner))
+        self.name = str(replace(location, split=split or inner))
 
-    def _inner_split(self, place: Place) -> str:
+    def _inner_split(self, location: SourceLocation) -> str:
         """Recognise the classes and splits in the archives."""
         listings = self._listings
         for listing in listings:
             self.found.left_out.update(listing.left_out)
-        self._choose_kind(place.config)
+        self._choose_kind(location.config)
         if not any(listing.images for listing in listings):
-            raise UserError(f"The archives at {place.uri!r} hold no images. They hold {self.found.left_out}.")
-        self._choose_images(place.config.image_column)
+            raise UserError(
+                f"The archives at {location.uri!r} hold no images. They hold {self.found.left_out}."
+            )
+        self._choose_images(location.config.image_column)
         if self._first_dot:
             for listing in listings:
                 _take_fields(listing)
@@ -149,10 +153,10 @@ class Source:
         about = VIDEO if self.clips else IMAGE
         survey = Survey.of(chain(images, (File(name, 0, 0) for name in tables)), lambda _: JPEG, about)
         inner = LeftOut()
-        choose = partial(choose_split, replace(place, split="") if self._split else place)
-        self._layout = layout.recognise(survey, choose, place.config.labels, inner)
-        if place.config.labels == "auto":
-            self._apply_tables(place.config.label_column)
+        choose = partial(choose_split, replace(location, split="") if self._split else location)
+        self._layout = layout.recognise(survey, choose, location.config.labels, inner)
+        if location.config.labels == "auto":
+            self._apply_tables(location.config.label_column)
         self.found.left_out.update(inner)
         found = self._layout.found
         why = next((why for listing in listings for why in listing.unusable.values()), "")
@@ -168,7 +172,7 @@ class Source:
             example = listings[0].name
             self.found.labels += f"; the names of the archives, as {example}, are not taken for classes"
         if self.clips:
-            self.found.call_videos()
+            self.found.rename_to_videos()
         if not self._split:
             self.found.splits, self.found.split = found.splits, found.split
         return found.split
@@ -214,8 +218,8 @@ class Source:
         self._first_dot = often or not any("." in one for one in fields)
         if wanted and wanted.lower() not in fields:
             raise UserError(
-                f"No image in {self._place.uri!r} has the suffix {wanted!r}, which --image-column names. The suffixes "
-                f"are {', '.join(sorted(fields)[:20])}."
+                f"No image in {self._location.uri!r} has the suffix {wanted!r}, which --image-column names. The "
+                f"suffixes are {', '.join(sorted(fields)[:20])}."
             )
         if not wanted and (not often or len(keys) <= samples):
             return
@@ -229,7 +233,7 @@ class Source:
         self._first_dot = True
 
     def stamp(self) -> str:
-        return stamp(self._files) + self._place.config.flags()
+        return stamp(self._files) + self._location.config.flags()
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         classes = labels.Classes()
@@ -244,7 +248,7 @@ class Source:
                     classes.add((label,), f"{listing.path}/{plain(image.name)}".strip("/"))
                 self.found.images += len(taken)
                 spec = {
-                    "root": self._place.uri,
+                    "root": self._location.uri,
                     "path": listing.path,
                     "how": listing.format,
                     "images": [list(image) for image, _ in taken],

@@ -30,7 +30,7 @@ from raysl.errors import UserError, counted, explained
 from raysl.ingestion import idx, labels, png
 from raysl.ingestion.found import Found
 from raysl.ingestion.listing import files_below, is_folder, stamp
-from raysl.ingestion.sources import Confidence, Place, ReadConfig, Row, Unit, UnitSize, choose_split
+from raysl.ingestion.sources import Confidence, ReadConfig, Row, SourceLocation, Unit, UnitSize, choose_split
 from raysl.storage import Folder
 
 SUMMARY = "arrays (MNIST's IDX files, CIFAR-10 and -100, .npz)"
@@ -65,13 +65,13 @@ class Part:
     images: str = ""  # name of an array
 
 
-def recognise(place: Place) -> Confidence:
-    if place.uri == "fashion-mnist":
+def recognise(location: SourceLocation) -> Confidence:
+    if location.uri == "fashion-mnist":
         return Confidence.SIGNATURE
-    if not place.is_folder:
-        is_npz = place.uri.lower().endswith(".npz") and Folder(place.uri).exists()
+    if not location.is_folder:
+        is_npz = location.uri.lower().endswith(".npz") and Folder(location.uri).exists()
         return Confidence.IS if is_npz else Confidence.NO
-    found = any(_splits(root, place.config) for root in _roots(place.uri))
+    found = any(_splits(root, location.config) for root in _roots(location.uri))
     return Confidence.SIGNATURE if found else Confidence.NO
 
 
@@ -131,21 +131,21 @@ class Source:
 
     encoded_here = True
 
-    def __init__(self, place: Place) -> None:
-        root = place.uri
-        if place.uri == "fashion-mnist":
+    def __init__(self, location: SourceLocation) -> None:
+        root = location.uri
+        if location.uri == "fashion-mnist":
             root = str(FASHION_MNIST)
             if not FASHION_MNIST.is_dir():
                 raise UserError(
                     f"Fashion-MNIST is not at {root}. Install it with `apt-get install dataset-fashion-mnist`, "
                     "or name the folder that holds its IDX files."
                 )
-        self._root = next((one for one in _roots(root) if _splits(one, place.config)), root)
-        splits = _splits(self._root, place.config)
+        self._root = next((one for one in _roots(root) if _splits(one, location.config)), root)
+        splits = _splits(self._root, location.config)
         named = sorted(splits.keys() - {""})
-        split = choose_split(place, named)
+        split = choose_split(location, named)
         self._parts = splits[split]
-        self.name = str(replace(place, uri=self._root, split=split))
+        self.name = str(replace(location, uri=self._root, split=split))
         self.found = Found(_LAYOUTS[self._parts[0].how], splits=tuple(named), split=split)
         self._files = {file.path: file for file in files_below(self._root, 1, follow_links=True)}
         missing = [name for name in _CIFAR10.get(split, ()) if name not in self._files]
@@ -154,7 +154,7 @@ class Source:
                 f"CIFAR-10 at {self._root!r} lacks {', '.join(missing)}. Unpack its archive again."
             )
         self._names = self._class_names()
-        self._config = place.config
+        self._config = location.config
 
     def stamp(self) -> str:
         used = {path for part in self._parts for path in (part.path, part.labels)}

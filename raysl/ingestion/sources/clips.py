@@ -19,7 +19,7 @@ from raysl.dataset.clips import COLUMNS, DEPTH_SCALE, TRUTH, jpeg, thumbnail
 from raysl.ingestion import png
 from raysl.ingestion.clip_drawing import ACTIONS, KEYPOINTS, KINDS, Drawn, draw
 from raysl.ingestion.found import Found
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, numbered
+from raysl.ingestion.sources import Confidence, Row, SourceLocation, Unit, UnitSize, numbered
 
 if TYPE_CHECKING:
     from raysl.rng import ImageRng
@@ -32,8 +32,8 @@ _RATE = 8.0
 _UNIT_CLIPS = 256
 
 
-def recognise(place: Place) -> Confidence:
-    return Confidence.IS if place.uri.partition(":")[0].partition("?")[0] == "clips" else Confidence.NO
+def recognise(location: SourceLocation) -> Confidence:
+    return Confidence.IS if location.uri.partition(":")[0].partition("?")[0] == "clips" else Confidence.NO
 
 
 class Source:
@@ -41,8 +41,8 @@ class Source:
 
     encoded_here = True
 
-    def __init__(self, place: Place) -> None:
-        self._count, self._options, self._split = numbered(place, "clips", "clips", _OPTIONS)
+    def __init__(self, location: SourceLocation) -> None:
+        self._count, self._options, self._split = numbered(location, "clips", "clips", _OPTIONS)
         splits = ("train", "test")
         self.found = Found("drawn clips", "the action of the figure", splits, self._split, noun="clips")
         options = "&".join(f"{name}={value}" for name, value in self._options.items())

@@ -19,7 +19,7 @@ from raysl.ingestion import layout, metadata, video
 from raysl.ingestion.found import LeftOut, printable
 from raysl.ingestion.labels import Classes, composed
 from raysl.ingestion.listing import VIDEO, File, Survey, files_below, kind_of, open_file, read_bytes
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split, in_units
+from raysl.ingestion.sources import Confidence, Row, SourceLocation, Unit, UnitSize, choose_split, in_units
 
 SUMMARY = "a folder of images or videos"
 
@@ -29,54 +29,54 @@ _FILES_AT_ONCE = 4
 _MOST_BYTES = 1 << 30
 
 
-def recognise(place: Place) -> Confidence:
-    there = _holds_videos(place) or (place.is_folder and place.survey[0].images())
+def recognise(location: SourceLocation) -> Confidence:
+    there = _holds_videos(location) or (location.is_folder and location.survey[0].images())
     return Confidence.COULD_BE if there else Confidence.NO
 
 
-def _holds_videos(place: Place) -> bool:
-    if not place.is_folder:
-        return kind_of(place.uri) == VIDEO
-    survey = place.survey[0]
+def _holds_videos(location: SourceLocation) -> bool:
+    if not location.is_folder:
+        return kind_of(location.uri) == VIDEO
+    survey = location.survey[0]
     return sum(counts[VIDEO] for counts in survey.folders.values()) > survey.images()
 
 
 class Source:
     """See `raysl.ingestion.sources.Source`."""
 
-    def __init__(self, place: Place) -> None:
-        self._place, self._root = place, place.uri
-        self._survey, left_out = place.survey if place.is_folder else (Survey(), LeftOut())
-        self.encoded_here = _holds_videos(place)
+    def __init__(self, location: SourceLocation) -> None:
+        self._location, self._root = location, location.uri
+        self._survey, left_out = location.survey if location.is_folder else (Survey(), LeftOut())
+        self.encoded_here = _holds_videos(location)
         if self.encoded_here:
-            files = files_below(place.uri, follow_links=place.config.follow_links)
-            if not place.is_folder:
-                self._root, _, name = place.uri.rpartition("/")
+            files = files_below(location.uri, follow_links=location.config.follow_links)
+            if not location.is_folder:
+                self._root, _, name = location.uri.rpartition("/")
                 files = (replace(file, path=name) for file in files)
             self._survey = Survey.of(files, lambda path: b"", about=VIDEO)
-        labels, choose = place.config.labels, partial(choose_split, place)
+        labels, choose = location.config.labels, partial(choose_split, location)
         self._layout = layout.recognise(self._survey, choose, labels, left_out)
         self.found = self._layout.found
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []
         if self.encoded_here:
-            self.clips, self._sampling = video.sampled(place.config)
-            self.found.call_videos()
+            self.clips, self._sampling = video.sampled(location.config)
+            self.found.rename_to_videos()
         elif labels == "auto":
-            read = partial(read_bytes, place.uri)
-            metadata.apply(read, self._survey, self._layout, place.config.label_column)
+            read = partial(read_bytes, location.uri)
+            metadata.apply(read, self._survey, self._layout, location.config.label_column)
         self._check_columns()
-        self.name = str(replace(place, split=self.found.split))
+        self.name = str(replace(location, split=self.found.split))
 
     def _check_columns(self) -> None:
         """Raise UserError for columns that are named and of which nothing is read."""
-        config, labels = self._place.config, self.found.labels
+        config, labels = self._location.config, self.found.labels
         unused = config.image_column and f"--image-column {config.image_column!r}"
         if self._layout.class_of is None:
             unused = unused or (config.label_column and f"--label-column {config.label_column!r}")
         if unused:
             raise UserError(
-                f"{unused} names a column of a table, and no such column is read of the folder {self._place.uri!r}: "
+                f"{unused} names a column of a table, and no such column is read of the folder {self._location.uri!r}: "
                 f"its labels are {labels}. Leave it out, or give the table as the source."
             )
 
@@ -102,7 +102,7 @@ class Source:
 
     def _labelled(self) -> Iterator[tuple[File, str | None]]:
         """Yield every image or video with its label, in the order of the indices."""
-        follow, base = self._place.config.follow_links, self._layout.base
+        follow, base = self._location.config.follow_links, self._layout.base
         for file in self._survey.all_files() or files_below(self._root, follow_links=follow, base=base):
             if self._survey.is_image(file.path):
                 try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from raysl.ingestion import png
 from raysl.ingestion.found import Found
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, numbered
+from raysl.ingestion.sources import Confidence, Row, SourceLocation, Unit, UnitSize, numbered
 
 SUMMARY = "shapes:N for drawn images"
 
@@ -22,8 +22,8 @@ _OPTIONS = {"seed": (0, 0, 2**62), "size": (32, 16, 512), "plain": (0, 0, 1)}
 _BATCH_PIXELS = 256 * 32 * 32
 
 
-def recognise(place: Place) -> Confidence:
-    return Confidence.IS if place.uri.partition(":")[0].partition("?")[0] == "shapes" else Confidence.NO
+def recognise(location: SourceLocation) -> Confidence:
+    return Confidence.IS if location.uri.partition(":")[0].partition("?")[0] == "shapes" else Confidence.NO
 
 
 class Source:
@@ -31,8 +31,8 @@ class Source:
 
     encoded_here = True
 
-    def __init__(self, place: Place) -> None:
-        self._count, self._options, self._split = numbered(place, "shapes", "images", _OPTIONS)
+    def __init__(self, location: SourceLocation) -> None:
+        self._count, self._options, self._split = numbered(location, "shapes", "images", _OPTIONS)
         self.found = Found("drawn shapes", "the shape that is drawn", ("train", "test"), self._split)
         options = "seed={seed}&size={size}".format(**self._options) + "&plain=1" * self._options["plain"]
         self.name = f"shapes:{self._count}?{options}#{self._split}"

@@ -22,13 +22,13 @@ import pyarrow.compute as pc
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, tables, video
-from raysl.ingestion.found import listed, printable, shortened
+from raysl.ingestion.found import join_names, printable, shortened
 from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, VIDEO, File, kind_of, stamp
 from raysl.ingestion.named_files import file_states, folder_of, read_named
 from raysl.ingestion.sources import (
     Confidence,
-    Place,
     Row,
+    SourceLocation,
     Unit,
     UnitSize,
     choose_split,
@@ -47,12 +47,12 @@ _VIDEO_NAMES = ("video", "mp4", "clip", "movie")
 _IN_PARALLEL, _AT_ONCE, _LONGEST_TYPE = 16, 64, 40
 
 
-def recognise(place: Place) -> Confidence:
-    if not place.is_folder:
-        is_table = place.uri.lower().endswith(tables.SUFFIXES) and Folder(place.uri).exists()
+def recognise(location: SourceLocation) -> Confidence:
+    if not location.is_folder:
+        is_table = location.uri.lower().endswith(tables.SUFFIXES) and Folder(location.uri).exists()
         return Confidence.IS if is_table else Confidence.NO
-    survey, _ = place.survey
-    files = _files(place) if TABLE in survey.others().kinds else []
+    survey, _ = location.survey
+    files = _files(location) if TABLE in survey.others().kinds else []
     if not files or survey.num_bytes[IMAGE] >= sum(file.num_bytes for file in files):
         return Confidence.NO
     if not survey.images():
@@ -60,15 +60,15 @@ def recognise(place: Place) -> Confidence:
         archives = survey.others().kinds.get(ARCHIVE, (0, ""))[0]
         return Confidence.COULD_BE if archives else Confidence.IS
     try:
-        with tables.opened(place.uri, files[0].path) as table:
+        with tables.opened(location.uri, files[0].path) as table:
             return Confidence.IS if _encoded_columns(table.schema) else Confidence.NO
     except UserError:
         return Confidence.NO
 
 
-def _files(place: Place) -> list[File]:
+def _files(location: SourceLocation) -> list[File]:
     # Hugging Face leaves "cache-..." beside the files of a data set that it changed.
-    files = files_ending(place, _BINARY)
+    files = files_ending(location, _BINARY)
     return [file for file in files if not file.path.rpartition("/")[2].startswith("cache-")]
 
 
@@ -86,33 +86,33 @@ class Columns(NamedTuple):
 class Source:
     """See `raysl.ingestion.sources.Source`."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._files, self.found = read_split(place, _files(place), TABLE)
+    def __init__(self, location: SourceLocation) -> None:
+        self._location = location
+        self._files, self.found = read_split(location, _files(location), TABLE)
         self._only: tuple[str, str] | None = None
-        kinds = {file.path.rpartition(".")[2] or place.uri.rpartition(".")[2] for file in self._files}
+        kinds = {file.path.rpartition(".")[2] or location.uri.rpartition(".")[2] for file in self._files}
         many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
-        self.found.layout = "" if place.called else f"{many} ({', '.join(sorted(kinds))})"
+        self.found.layout = "" if location.called else f"{many} ({', '.join(sorted(kinds))})"
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             columns, of_splits = zip(*pool.map(self._columns_of, self._files), strict=True)
         names = labels.as_classes_of_folders([one.constant for one in columns])
         self._columns = [one._replace(constant=name) for one, name in zip(columns, names, strict=True)]
         self._reconcile()
         self._choose_rows({*of_splits})
-        self.name = place.called or str(replace(place, split=self.found.split))
+        self.name = location.called or str(replace(location, split=self.found.split))
         self.encoded_here = self._columns[0].is_video
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []
         if self.encoded_here:
-            self.clips, self._sampling = video.sampled(place.config)
+            self.clips, self._sampling = video.sampled(location.config)
             self.found.noun = "videos"
 
     def _where(self, file: File) -> str:
-        return self._place.called or file.path or self._place.uri
+        return self._location.called or file.path or self._location.uri
 
     def _columns_of(self, file: File) -> tuple[Columns, str]:
         """Return the columns of a file, and its column that names splits; "" for none."""
-        config, where = self._place.config, self._where(file)
+        config, where = self._location.config, self._where(file)
         with self._opened(file) as table:
             schema, of_splits = table.schema, tables.split_column(table.schema)
             image, is_file_name = _image_column(schema, where, config.image_column)
@@ -127,7 +127,7 @@ class Source:
         return Columns(image, label, names, is_file_name, is_video=is_video), of_splits
 
     def _opened(self, file: File) -> AbstractContextManager[tables.Table]:
-        return tables.opened(self._place.uri, file.path, self._only)
+        return tables.opened(self._location.uri, file.path, self._only)
 
     def _choose_rows(self, of_splits: set[str]) -> None:
         """Read the rows of one split, if a column tells it and no name of a file does; without a split, all rows.
@@ -137,9 +137,9 @@ class Source:
         """
         if not self.found.splits and len(of_splits) == 1:
             self.found.split_column = of_splits.pop()
-        if self._place.split and not self.found.split:
+        if self._location.split and not self.found.split:
             self._name_splits()
-            self.found.split = choose_split(self._place, [*self.found.splits])
+            self.found.split = choose_split(self._location, [*self.found.splits])
             self._only = self.found.split_column, self.found.split
 
     def _name_splits(self) -> None:
@@ -174,18 +174,18 @@ class Source:
         """See `Source.stamp`. Of the files that a table names, only local ones count: the state of each file of an
         object store would take a request. The table of an object counts by its rows.
         """
-        state = self._place.state
+        state = self._location.state
         files = [File(state, 0, 0)] if state else self._files
-        return stamp(chain(files, self._named_files())) + self._place.config.flags()
+        return stamp(chain(files, self._named_files())) + self._location.config.flags()
 
     def _named_files(self) -> Iterator[File]:
         """Yield the local files that tables name as they are now; one that cannot be read has no size and no time."""
-        if "://" in self._place.uri:
+        if "://" in self._location.uri:
             return
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             for file, names in self._names():
                 some = [names[first : first + _AT_ONCE] for first in range(0, len(names), _AT_ONCE)]
-                states = pool.map(partial(file_states, folder_of(self._place.uri, file.path)), some)
+                states = pool.map(partial(file_states, folder_of(self._location.uri, file.path)), some)
                 yield from chain.from_iterable(states)
 
     def _names(self) -> Iterator[tuple[File, list[str]]]:
@@ -206,11 +206,11 @@ class Source:
             with self._opened(file) as table:
                 groups = table.counted()
             spec = {
-                "root": self._place.uri,
+                "root": self._location.uri,
                 "path": file.path,
                 "columns": list(columns._replace(label=columns.label if classes else "")),
-                "follow_links": self._place.config.follow_links,
-                "is_object": bool(self._place.called),
+                "follow_links": self._location.config.follow_links,
+                "is_object": bool(self._location.called),
                 "sampling": self._sampling,
                 "only": self._only,
             }
@@ -224,7 +224,7 @@ class Source:
         """Raise UserError if tables of file names name a file twice: an image of several classes, or a mistake."""
         seen: set[str] = set()
         for file, names in self._names():
-            folder = folder_of(self._place.uri, file.path)
+            folder = folder_of(self._location.uri, file.path)
             for name in names:
                 place = tables.normal(name)
                 if "://" not in place:
@@ -239,16 +239,16 @@ class Source:
     def _count_classes(self) -> bool:
         """Read the column of labels of all files; return True if it holds classes."""
         column, first = self._columns[0].label, printable(self._where(self._files[0]))
-        with tables.opened(self._place.uri, self._files[0].path) as table:
+        with tables.opened(self._location.uri, self._files[0].path) as table:
             names = table.schema.names
         if not column:
             self.found.labels = (
-                f"none, because no column of {first} is named like a label; its columns are {listed(names)} "
+                f"none, because no column of {first} is named like a label; its columns are {join_names(names)} "
                 "(--label-column names one)"
             )
-            if self._place.config.labels == "none":
+            if self._location.config.labels == "none":
                 self.found.labels = "none, because --labels none was given"
-            elif self._place.called and len(names) == 1:
+            elif self._location.called and len(names) == 1:
                 self.found.labels = "none, because none were given"
             return False
         classes = labels.Classes()
@@ -261,7 +261,7 @@ class Source:
                     if kind:
                         kinds.setdefault(kind, self._where(file))
         except labels.NoClassesError as error:
-            if self._place.config.label_column:
+            if self._location.config.label_column:
                 raise UserError(
                     f"The column {column!r}, which --label-column names, {error}. Name another, or use --labels none."
                 ) from error
@@ -277,7 +277,7 @@ class Source:
         if why := classes.why_none():
             self.found.labels = f"none, although there is a column {column!r}: {printable(why)}"
             return False
-        is_pair = self._place.called and len(names) == 2
+        is_pair = self._location.called and len(names) == 2
         self.found.labels = "given with the images" if is_pair else f"the column {column!r} of {first}"
         self.found.classes = classes.ordered()
         return True
@@ -329,7 +329,7 @@ def _is_video(table: tables.Table, column: str, is_file_name: bool) -> bool:
     return kind_of(next(names, "")) == VIDEO
 
 
-def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool]:
+def _image_column(schema: pa.Schema, path: str, wanted: str) -> tuple[str, bool]:
     """Return the column of images, and True if it holds names of files."""
     encoded = _encoded_columns(schema)
     # The columns of a table of text without rows have no type.
@@ -339,8 +339,8 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
         if wanted in encoded or wanted in texts:
             return wanted, wanted in texts
         raise UserError(
-            f"The column {wanted!r}, which --image-column names, holds no images in {place!r}. The columns that may "
-            f"are {listed((*encoded, *texts)) or 'none'}."
+            f"The column {wanted!r}, which --image-column names, holds no images in {path!r}. The columns that may "
+            f"are {join_names((*encoded, *texts)) or 'none'}."
         )
     named = [name for name in (*_IMAGE_NAMES, *_VIDEO_NAMES) if name in encoded]
     if named or len(encoded) == 1:
@@ -355,7 +355,7 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
     )
     typed = [f"{one.name} ({shortened(str(one.type), _LONGEST_TYPE)})" for one in schema]
     raise UserError(
-        f"The table {place!r} has {what}: its columns are {listed(typed)}. "
+        f"The table {path!r} has {what}: its columns are {join_names(typed)}. "
         "Name one with --image-column; it must be binary, a struct of bytes and path, or names of files beside the "
         f"table, and no list or dictionary of these.{header}"
     )

@@ -9,13 +9,13 @@ import pytest
 from raysl.config import defaults, methods
 from raysl.errors import UserError
 from raysl.experiment.comparison import METHODS, OF_CLIPS
-from raysl.training.readiness import check_before_ingest
+from raysl.training.preflight import check_before_ingest
 
 RUN = {"data": "not-read-yet", "run": "nowhere"}
 
 
 def check(**given: Any) -> None:
-    check_before_ingest(defaults.check({**RUN, **given}), {**RUN, **given})
+    check_before_ingest(defaults.validated_config({**RUN, **given}), {**RUN, **given})
 
 
 VIT = {"name": "timm/vit_tiny_patch16_224", "patch_size": 8}

@@ -16,25 +16,26 @@ from raysl.config import Pretraining, defaults
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
 from raysl.ingestion.cache import finished_folder
-from raysl.model import DatasetInfo, Model
+from raysl.model import DatasetInfo, Model, model_config
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
-from raysl.training.worker import to_build
 
 _log = logging.getLogger("raysl.training")
 
 
-def check(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
+def check_and_plan(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
     """Return the plan of a run, and the facts for its metadata.
 
     Raises:
         UserError: the data set reveals a mistake in the configuration, the run was begun with other ones, or its disk
             has no space for a checkpoint.
     """
-    Run.check(config, dataset)  # First: what follows would blame a value that is taken from the run.
+    Run.resumable_metadata(
+        config, dataset
+    )  # First: what follows would blame a value that is taken from the run.
     run = Run(Folder(config.run))
-    model = Model.of(to_build(config, run), dataset)
+    model = Model.of(model_config(config, run.checkpoints), dataset)
     model.check()
     plan = config.plan(dataset)
     if checkpoint.newest_step(run.checkpoints) < plan.num_steps:
@@ -50,14 +51,14 @@ def check_before_ingest(asked: Pretraining, given: Mapping[str, Any]) -> None:
 
     Args:
         asked: the configuration without choices.
-        given: the fields that the user gives; see `raysl.config.defaults.resolve`.
+        given: the fields that the user gives; see `raysl.config.defaults.choose_defaults`.
     """
     # A teacher makes the labels of ClusterFit first. An existing run, or data set, is checked as it is.
     if asked.method == "clusterfit" or finished_folder(asked.data) or Run.find(asked.run):
         return
     refused: list[UserError] = []
     with torch.random.fork_rng(devices=[]):
-        for config in defaults.before_data(given):
+        for config in defaults.possible_configs(given):
             try:
                 Model(config, DatasetInfo(1 << 31, num_classes=2)).check()
                 return

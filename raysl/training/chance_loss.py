@@ -15,7 +15,7 @@ _log = logging.getLogger("raysl.training")
 _LAST, _BELOW = 0.1, 0.01
 
 
-def warn(run: Run, chance: float, num_steps: int) -> None:
+def warn_if_at_chance(run: Run, chance: float, num_steps: int) -> None:
     """Log a line if a run has ended and the loss of its last steps is not below `chance`, the loss of a guess.
 
     A run is not judged if the rows of metrics that hold its last steps alone cover less than half of these.

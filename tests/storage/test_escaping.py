@@ -16,7 +16,7 @@ from raysl.evaluation.results import KEY, MODEL
 from raysl.reporting import ReportConfig, report
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder
-from raysl.storage.plain_names import code_block, code_span, file_name, markdown
+from raysl.storage.escaping import code_block, code_span, file_name, markdown
 from tests.data import make_dataset, write_rows
 
 pytest.importorskip("matplotlib")

@@ -75,9 +75,9 @@ def is_chosen(
     return alone and not this_machine.needs_ray() and on_local_disk(config.data)
 
 
-def place() -> Placement:
+def local_placement() -> Placement:
     """Return the resources of one worker on this machine, as a Ray that runs here would divide them."""
-    return cluster_placement.place(
+    return cluster_placement.make_placement(
         1, Machines(({"CPU": float(this_machine.cpus()), "GPU": torch.cuda.device_count()},))
     )
 
@@ -97,7 +97,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
     processes = max(1, round(share.cpus / share.cpus_per_task)) if job.dataset.folder.is_local else 0
     progress = _Progress(num_steps, job.config["epochs"], lock, callbacks, show_every_s)
     with (
-        signals.caught(progress.stop.set) as stop,
+        signals.catch_stop_signals(progress.stop.set) as stop,
         DataProcesses(processes) as data,
         _torch_settings(job.placement.threads_per_worker, on_gpu),
     ):
@@ -109,7 +109,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
             raise UserError(f"{OUT_OF_MEMORY} {error}") from error
         progress.show()
         if stop.received.is_set() and worker.step < min(job.until or num_steps, num_steps):
-            raise stop.ended(worker.step)
+            raise stop.exception(worker.step)
 
 
 @contextmanager
@@ -162,7 +162,7 @@ class _Progress(Progress):
     def show(self) -> None:
         """Log the newest row of metrics that has not been shown."""
         for row in self._state.take_rows()[-1:]:
-            _log.info(progress_actor.line(row, self._num_steps, self._epochs))
+            _log.info(progress_actor.format_row(row, self._num_steps, self._epochs))
         self._shown_s = time.monotonic()
 
     def stop_requested(self) -> bool:

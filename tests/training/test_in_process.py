@@ -37,7 +37,7 @@ from raysl.optim import OptimConfig
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder, lock
-from raysl.training import local
+from raysl.training import in_process
 from raysl.training.launch import pretrain
 from tests.data import make_clips, make_dataset
 from tests.training.test_launch import assert_same_end, configuration, read_until_step
@@ -104,7 +104,7 @@ def test_a_thread_may_train(finished: Run, dataset: DataSet, tmp_path: Path) -> 
 
     def rungs() -> None:
         for until in (5, 18):
-            pretrain(config, until=until, placement=local.place(), local=True)
+            pretrain(config, until=until, placement=in_process.local_placement(), local=True)
 
     thread = threading.Thread(target=rungs)
     thread.start()
@@ -116,7 +116,7 @@ def test_a_thread_may_train(finished: Run, dataset: DataSet, tmp_path: Path) -> 
 
 def test_settings_of_torch_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    with local._torch_settings(1, on_gpu=False):
+    with in_process._torch_settings(1, on_gpu=False):
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = True
     assert not torch.are_deterministic_algorithms_enabled()

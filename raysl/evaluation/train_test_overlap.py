@@ -20,7 +20,7 @@ _MOST_IMAGES = 2_000_000
 _FEW = 0.01
 
 
-def check_apart(names: Sequence[str], train: DataSet, test: DataSet) -> None:
+def refuse_same_images(names: Sequence[str], train: DataSet, test: DataSet) -> None:
     """Raise UserError if a probe that learns would be scored on the images that it learns from."""
     for name in names:
         if probes.learns(name) and same_set(train, test):
