@@ -41,11 +41,9 @@ from raysl.stream.plan import num_steps
 METADATA = run_folder.METADATA
 METRICS = "metrics.jsonl"
 _PART = re.compile(r"metrics-\d{6}\.jsonl")
-# Rows of one part in an object store, which is written again at every flush until it is full.
-_PART_ROWS = 5000
+_PART_ROWS = 5000  # of one part in an object store, which is written again at every flush until it is full
 _BLOCK_ROWS = 50_000  # rows that are read at a time
-# Columns of metrics that TensorBoard does not show.
-_NO_CHART = ("step", "epoch", "over_steps", "workers", "lost_steps", "eta_s", "wait_s")
+_NOT_IN_TENSORBOARD = ("step", "epoch", "over_steps", "workers", "lost_steps", "eta_s", "wait_s")
 
 
 @dataclass(frozen=True)
@@ -360,7 +358,7 @@ class TensorBoard:
 
         with self._writing():
             for name, value in row.items():
-                if name not in _NO_CHART:
+                if name not in _NOT_IN_TENSORBOARD:
                     summary = scalar(name, value)
                     self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
 
