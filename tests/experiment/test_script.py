@@ -160,7 +160,7 @@ def test_runs_train_in_this_process(flags: Flags, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         scripts, "pretrain", lambda config, local=False: asked.append((config.workers, local))
     )
-    monkeypatch.setattr(scripts, "resolve", lambda data: None)
+    monkeypatch.setattr(scripts, "open_or_ingest", lambda data: None)
     scripts.pretrained(Pretraining("set", "run", workers=flags.run_workers), flags)
     assert asked == [(1, True)]
     assert Flags(workers=3).run_workers == 3

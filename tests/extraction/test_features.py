@@ -178,7 +178,7 @@ def test_a_folder_of_other_files_is_refused_before_the_work(
     run = tmp_path / "run"
     run.mkdir()
     (run / "metadata.json").write_text("{}")
-    monkeypatch.setattr(features, "resolve", lambda data: pytest.fail("the data are opened"))
+    monkeypatch.setattr(features, "open_or_ingest", lambda data: pytest.fail("the data are opened"))
     with pytest.raises(UserError, match=r"is not empty and holds no features .* Give --out .*run-features'"):
         compute_features("pixels", config(dataset, run))
     assert [file.name for file in run.iterdir()] == ["metadata.json"]

@@ -98,7 +98,7 @@ def test_an_interrupted_repetition_is_resumed(
     again = replace(run.config(), run=out)
     pretrain(replace(again, save=replace(again.save, every_steps=0)), until=2, local=True)
     with monkeypatch.context() as other:
-        other.setattr(reproduction, "resolve", lambda data: make_dataset(tmp_path / "other", 32))
+        other.setattr(reproduction, "open_or_ingest", lambda data: make_dataset(tmp_path / "other", 32))
         with pytest.raises(UserError, match="already holds a run"):  # One of other images is not resumed.
             reproduce(run, ReproduceConfig(out=out, local=True))
     found = reproduce(run, ReproduceConfig(out=out, local=True))
