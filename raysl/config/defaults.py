@@ -79,9 +79,13 @@ def choose_defaults(
     """
     wanted, side = _without_auto_workers(given), short_side(dataset)
     images = _Images(dataset.num_images, side > SMALL_SIDE)
-    offered = _choices(wanted, images, default_workers, has_gpus, "method" in varied)
+    several = "method" in varied
+    offered = [*_choices(wanted, images, default_workers, has_gpus)]
+    if several and not images.are_photos:
+        offered += [one for one in _of_short_runs("pirl-jigsaw") if one.name == "bank.momentum"]
     choices = [choice for choice in offered if not _contains(wanted, choice.name)]
-    listed = [choice for choice in choices if choice.name not in varied]
+    own = methods.parse(str(wanted.get("method", "pirl-jigsaw"))).config_types() if several else ()
+    listed = [one for one in choices if one.name not in varied and one.name.partition(".")[0] not in own]
     if listed:
         _log.info(
             "Chosen for %s with a shorter side of about %d pixels; a flag replaces each:",
@@ -89,7 +93,26 @@ def choose_defaults(
         )
     for choice in listed:
         _log.info("%s", choice)
+    if several:
+        _log.info("  and for each method what `raysl pretrain` chooses for it")
     return _completed(wanted, choices)
+
+
+def parts_of(method: str, negatives: int, image_size: int) -> dict[str, dict[str, Any]]:
+    """Return what is chosen for the objective and the transforms of a method, by part.
+
+    Args:
+        method: name of the method.
+        negatives: number of negatives that the data set has; 0 if it is not known.
+        image_size: side of the views in pixels.
+    """
+    small = _of_short_runs(method) if image_size <= SMALL_SIDE else ()
+    parts: dict[str, dict[str, Any]] = {name: {} for name in methods.parse(method).config_types()}
+    for choice in (*_of_method(method, negatives + 1 if negatives else _MANY), *small):
+        group, _, last = choice.name.rpartition(".")
+        if group in parts:
+            parts[group][last] = choice.value
+    return parts
 
 
 def possible_configs(given: Mapping[str, Any]) -> list[Pretraining]:
@@ -196,7 +219,6 @@ def _choices(
     images: _Images,
     default_workers: int,
     has_gpus: bool,
-    several_methods: bool = False,
 ) -> Iterator[Choice]:
     num_images, photos = images
     method = given.get("method", "pirl-jigsaw")
@@ -222,9 +244,9 @@ def _choices(
         yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(num_images, workers, most=64 if photos and not has_gpus else 256)
     yield from _of_optimiser(str(_name(given, "backbone")), str(_name(given, "optim")))
-    own = [*_of_method(method, num_images), *(() if photos else _of_short_runs(method))]
-    # Where trials compare methods, each has the defaults of its class; only the negatives of the first suit the images.
-    yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
+    yield from _of_method(method, num_images)
+    if not photos:
+        yield from _of_short_runs(method)
 
 
 def _of_optimiser(backbone: str, given: str) -> Iterator[Choice]:

@@ -37,7 +37,7 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
     best_row = next((row for row in rows if row["trial"] == results.best()), None)
     text = render(
         _BODY,
-        title=f"{results.base.method}: {', '.join(names)}",
+        title=", ".join(names) if "method" in names else f"{results.base.method}: {', '.join(names)}",
         summary=(
             f"{counted(len(rows), 'trial')}, each with seed {' and '.join(map(str, sweep.seeds))}, "
             f"{epochs:g} epoch{'' if epochs == 1 else 's'}, compared by {sweep.probe} on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import shlex
@@ -18,6 +19,7 @@ from raysl.config import Pretraining, defaults, differences
 from raysl.config.command import command
 from raysl.dataset import DataSet
 from raysl.optim import OptimConfig
+from raysl.tuning.space import apply_values
 from tests.data import make_dataset
 
 DATA, RUN = ["--data", "d", "--run", "r"], {"data": "d", "run": "-"}
@@ -183,10 +185,13 @@ def test_transformers_are_trained_with_adamw(small: DataSet) -> None:
     assert (own.name, own.lr, own.weight_decay) == ("sgd", 0.12, 1e-4)
 
 
-def test_trials_of_several_methods_have_the_hyperparameters_of_the_papers(small: DataSet) -> None:
-    made = defaults.choose_defaults(RUN, small, 1, False, varied=["method"])
-    assert (made.parts["pirl"].head, made.bank.momentum, made.parts["pirl"].num_negatives) == (
-        "linear",
-        0.5,
-        99,
-    )
+@pytest.mark.parametrize(
+    "method", ["pirl-jigsaw", "pirl-rotation", "npid", "simclr", "moco", "predict-jigsaw"]
+)
+def test_a_trial_of_a_method_has_what_pretraining_chooses_for_it(method: str, small: DataSet) -> None:
+    base = defaults.choose_defaults(RUN, small, 1, False, varied=["method"])
+    alone = defaults.choose_defaults({**RUN, "method": method}, small, 1, False)
+    # Methods without a bank do not use its momentum.
+    alone = dataclasses.replace(alone, bank=base.bank)
+    assert apply_values(base, {"method": method}) == alone
+    assert base.bank.momentum == 0
