@@ -120,8 +120,8 @@ def corners(ends: Mapping[str, Sequence[Any]]) -> Iterator[Values]:
 def apply_values(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
     """Return the base configuration with values of Ray Tune for some fields, by dotted or short names.
 
-    Another method than that of the base gets the parts that `raysl pretrain` chooses for it, but shares a transform that
-    both have.
+    Another method than that of the base gets the parts that `raysl pretrain` chooses for it, and shares a transform
+    that both have.
 
     Raises:
         UserError: a field does not exist, cannot vary or is named twice, or a value is not allowed.
