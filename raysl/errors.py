@@ -71,8 +71,9 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = 
     by_lower = {known_name.rpartition(".")[2].lower(): known_name for known_name in names}
     by_lower |= {known_name.lower(): known_name for known_name in names}
     given, last = name.lower(), name.lower().rpartition(".")[2]
-    begun = [lower for lower in by_lower if len(last) > 2 and lower.startswith((given, last))]
-    near = sorted(begun, key=len)[:1] or difflib.get_close_matches(given, by_lower, n=1, cutoff=0.5)
+    words = [word for word in dict.fromkeys((given, last)) if len(word) > 2]
+    begun = [sorted((lower for lower in by_lower if lower.startswith(word)), key=len)[:1] for word in words]
+    near = next(filter(None, begun), []) or difflib.get_close_matches(given, by_lower, n=1, cutoff=0.5)
     hint = f"Did you mean {by_lower[near[0]]!r}? " if near else ""
     shown = sorted(listed) or names
     if len(shown) > _MOST_LISTED:

@@ -312,19 +312,19 @@ def given(**values: Any) -> dict[str, Any]:
     }
 
 
-def uri(given: Any) -> str:
-    """Return the place of a path, a data set, a run or a table of features."""
-    if isinstance(given, str | os.PathLike):
-        return os.fspath(given)
-    folder = getattr(given, "folder", None)
-    if type(given).__name__ == "Pretraining":
+def uri(value: Any) -> str:
+    """Return the path or URI of a path, a data set, a run or a table of features."""
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    folder = getattr(value, "folder", None)
+    if type(value).__name__ == "Pretraining":
         raise UserError(
             "A Pretraining is given where a path, a data set or a run is expected. Name the argument, "
             "as in raysl.pretrain(config=...)."
         )
     if folder is None:
         raise UserError(
-            f"A value of type {type(given).__name__} is given where one path, data set or run is expected. Of images "
+            f"A value of type {type(value).__name__} is given where one path, data set or run is expected. Of images "
             "or files, make a data set by raysl.ingest(IMAGES, DEST), and give that."
         )
     return str(folder)

@@ -23,7 +23,7 @@ _RECIPE = (
     "name of a published training recipe at full scale, such as pirl-r50-800ep; `raysl methods` lists them. Flags that "
     "you give override it."
 )
-_FOR_DATA = tyro.conf.arg(help_behavior_hint="(default: chosen from the data)")
+_FOR_DATA = tyro.conf.arg(help_behavior_hint="(default: chosen from data and backbone)")
 _FOR_MACHINE = tyro.conf.arg(help_behavior_hint="(default: chosen from images and machine)")
 
 

@@ -262,9 +262,8 @@ def methods(pages: Path | None = None, plugin: tuple[str, ...] = ()) -> None:
 
 def sweep(arguments: Sequence[str]) -> None:
     """Try values: `raysl sweep --data D --method pirl-jigsaw --vary temperature lam --out S`."""
-    plugins.add_and_trust(
-        peek_all(arguments, "--plugin", ())
-    )  # The configuration of a sweep looks for its probe.
+    # The configuration of a sweep looks for its probe.
+    plugins.add_and_trust(peek_all(arguments, "--plugin", ()))
     given, rest = tyro.cli(SweepConfig, prog="raysl sweep", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl sweep")
     rows = api.sweep(config=given, base=flags.given)

@@ -39,7 +39,37 @@ _MANY = 1 << 31
 # Learning rates for convolutional networks; results/recipes compares them on small images.
 _RATES = {"sgd": 0.12, "adamw": 0.003, "lars": 3.0}
 # Beginnings of timm's names of transformers, and of networks that are trained like them.
-_TRANSFORMERS = ("vit", "deit", "beit", "eva", "swin", "cait", "xcit", "flexivit", "convnext", "naflexvit")
+_TRANSFORMERS = (
+    *(
+        "beit",
+        "cait",
+        "coat",
+        "convit",
+        "convnext",
+        "crossvit",
+        "davit",
+        "deit",
+        "eva",
+        "flexivit",
+        "focalnet",
+        "gcvit",
+    ),
+    *(
+        "hiera",
+        "levit",
+        "maxvit",
+        "mvitv2",
+        "naflexvit",
+        "nest",
+        "pit",
+        "pvt",
+        "samvit",
+        "swin",
+        "tiny_vit",
+        "tnt",
+    ),
+    *("twins", "vit", "volo", "xcit"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,39 +110,21 @@ def choose_defaults(
     wanted, side = _without_auto_workers(given), short_side(dataset)
     images = _Images(dataset.num_images, side > SMALL_SIDE)
     several = "method" in varied
-    offered = [*_choices(wanted, images, default_workers, has_gpus)]
-    if several and not images.are_photos:
-        offered += [one for one in _of_short_runs("pirl-jigsaw") if one.name == "bank.momentum"]
+    offered = _choices(wanted, images, default_workers, has_gpus, several)
     choices = [choice for choice in offered if not _contains(wanted, choice.name)]
-    own = methods.parse(str(wanted.get("method", "pirl-jigsaw"))).config_types() if several else ()
-    listed = [one for one in choices if one.name not in varied and one.name.partition(".")[0] not in own]
+    listed = [choice for choice in choices if choice.name not in varied]
     if listed:
         _log.info(
             "Chosen for %s with a shorter side of about %d pixels; a flag replaces each:",
-            *(dataset.size, side),
+            *(dataset.size_text, side),
         )
     for choice in listed:
         _log.info("%s", choice)
     if several:
-        _log.info("  and for each method what `raysl pretrain` chooses for it")
+        _log.info(
+            "Each method of the sweep has the hyperparameters of its paper, not those that suit these images."
+        )
     return _completed(wanted, choices)
-
-
-def parts_of(method: str, negatives: int, image_size: int) -> dict[str, dict[str, Any]]:
-    """Return what is chosen for the objective and the transforms of a method, by part.
-
-    Args:
-        method: name of the method.
-        negatives: number of negatives that the data set has; 0 if it is not known.
-        image_size: side of the views in pixels.
-    """
-    small = _of_short_runs(method) if image_size <= SMALL_SIDE else ()
-    parts: dict[str, dict[str, Any]] = {name: {} for name in methods.parse(method).config_types()}
-    for choice in (*_of_method(method, negatives + 1 if negatives else _MANY), *small):
-        group, _, last = choice.name.rpartition(".")
-        if group in parts:
-            parts[group][last] = choice.value
-    return parts
 
 
 def possible_configs(given: Mapping[str, Any]) -> list[Pretraining]:
@@ -219,6 +231,7 @@ def _choices(
     images: _Images,
     default_workers: int,
     has_gpus: bool,
+    several_methods: bool = False,
 ) -> Iterator[Choice]:
     num_images, photos = images
     method = given.get("method", "pirl-jigsaw")
@@ -243,23 +256,27 @@ def _choices(
     if has_gpus:
         yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(num_images, workers, most=64 if photos and not has_gpus else 256)
-    yield from _of_optimiser(str(_name(given, "backbone")), str(_name(given, "optim")))
-    yield from _of_method(method, num_images)
-    if not photos:
-        yield from _of_short_runs(method)
+    yield from _of_optimiser(given)
+    own = [*_of_method(method, num_images), *(() if photos else _of_short_runs(method))]
+    # Where trials compare methods, each has the defaults of its class; only the negatives of the first suit the images.
+    yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
 
 
-def _of_optimiser(backbone: str, given: str) -> Iterator[Choice]:
+def _of_optimiser(given: Mapping[str, Any]) -> Iterator[Choice]:
     """Yield the optimiser of a backbone, and a learning rate that suits both.
 
-    Transformers get AdamW, with the rate of DINO (Caron et al. 2021) and the weight decay of MAE (He et al. 2022).
+    Transformers get AdamW, with the rate of DINO (Caron et al. 2021) and the weight decay of MAE (He et al. 2022). A
+    learning rate that is given alone is one of SGD.
     """
-    if backbone.removeprefix(TIMM).startswith(_TRANSFORMERS) and given in ("", "adamw"):
-        yield Choice("optim.name", "adamw", "a transformer")
+    name = str(_name(given, "optim"))
+    transformers = tuple(f"{TIMM}{start}" for start in _TRANSFORMERS)
+    adamw = name == "adamw" or (not name and not _contains(given, "optim.lr"))
+    if adamw and str(_name(given, "backbone")).startswith(transformers):
+        yield Choice("optim.name", "adamw", "suits transformers and ConvNeXt")
         yield Choice("optim.lr", 0.0005)
         yield Choice("optim.weight_decay", 0.05)
-    elif given in ("", *_RATES):
-        yield Choice("optim.lr", _RATES[given or "sgd"])
+    elif name in ("", *_RATES):
+        yield Choice("optim.lr", _RATES[name or "sgd"])
     yield Choice("optim.warmup", 0.05)
 
 

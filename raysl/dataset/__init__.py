@@ -143,10 +143,10 @@ class DataSet:
 
     def __repr__(self) -> str:
         classes = f" in {counted(len(self.manifest.classes), 'class')}" if self.manifest.classes else ""
-        return f"DataSet({str(self.folder)!r}: {self.size}{classes})"
+        return f"DataSet({str(self.folder)!r}: {self.size_text}{classes})"
 
     @property
-    def size(self) -> str:
+    def size_text(self) -> str:
         """The number of images or clips as text, such as "24 clips"."""
         return counted(self.num_images, "clip" if self.manifest.clips else "image")
 

@@ -305,7 +305,7 @@ def _extract(
         encoder = frozen_encoder(source, data.train, context.image_size, data.bn_statistics)
         wanted += [(encoder, dataset, protocol) for dataset in sets]
     # Not "test images": a sweep scores trials on images that it has held out of the train images.
-    sizes = [one.size for one in (data.train, data.test)]
+    sizes = [one.size_text for one in (data.train, data.test)]
     named = (f"{sizes[0]} to learn from", f"{sizes[1]} to score")
     _log.info("Computing the features of %s ...", " and ".join(named[-len(sets) :]))
     cache = config.cache or context.run.folder / "features"

@@ -227,7 +227,7 @@ def tables(rows: Iterable[Mapping[str, Any]], sets: Iterable[DataSet] = ()) -> l
 
 def _size(dataset: DataSet) -> str:
     classes = f", {counted(len(dataset.manifest.classes), 'class')}" if dataset.has_labels else ""
-    return f" ({dataset.size}{classes})"
+    return f" ({dataset.size_text}{classes})"
 
 
 def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:

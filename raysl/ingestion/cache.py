@@ -59,8 +59,8 @@ def finished_folder(data: str) -> str:
     if DataSet.exists_at(data):
         return data
     location = SourceLocation.parse(data)
-    is_one = not location.split and location.uri != data and DataSet.exists_at(location.uri)
-    return location.uri if is_one else ""
+    is_finished = not location.split and location.uri != data and DataSet.exists_at(location.uri)
+    return location.uri if is_finished else ""
 
 
 def on_local_disk(data: str) -> bool:
@@ -125,7 +125,7 @@ def splits(data: str) -> tuple[str, str]:
         return data, data
     try:
         found = open_source(SourceLocation.parse(data)).source.found
-    except UserError:  # There are several splits, or nothing, which the first to resolve it says.
+    except UserError:  # There are several splits, or nothing, which the first call of `open_or_ingest` says.
         return f"{data}#train", f"{data}#test"
     # A table with a column of splits is also read without one; its values are read when a split is named.
     if found.split_column:

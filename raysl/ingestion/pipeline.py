@@ -73,7 +73,7 @@ class IngestConfig(ReadConfig):
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
 
     def location(self, source: str) -> SourceLocation:
-        """Return the place of a source, to be read as configured."""
+        """Return the location of a source, to be read as configured."""
         return SourceLocation.parse(source, self.split, self.reading)
 
     @property

@@ -92,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """The input of an `EncoderProbe`. Small and picklable. Ray has started.
+    """The input of an `EncoderProbe`. Small and picklable.
 
     Args:
         encoder: turns images into features; a `raysl.extraction.NetworkEncoder` can also be trained.

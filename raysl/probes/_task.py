@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 _COPIES = 3
 
 
-class RayTaskProbe(Generic[C]):
+class TaskProbe(Generic[C]):
     """Base of an `EncoderProbe` of which one call of `run_tasks` computes all rows.
 
     Attributes:

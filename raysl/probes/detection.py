@@ -35,7 +35,7 @@ from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, _detector, _voc
 from raysl.probes._finetuning import LAYER, step
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.probes._voc import Picture, VocSettings
 from raysl.ray_cluster.gpus import device
 from raysl.rng import ImageRng
@@ -78,7 +78,7 @@ class Config(VocSettings):
             raise UserError(f"--detection.width is {self.width}; it must be a multiple of 32, such as 256.")
 
 
-class Detection(RayTaskProbe[Config]):
+class Detection(TaskProbe[Config]):
     """AP (the primary metric), AP50 and AP75, in 0 .. 1.
 
     Rows have the layer "pooled"; there are none for pixels, which cannot be trained.

@@ -19,7 +19,7 @@ from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject
 from raysl.probes._finetuning import FinetuningConfig, labels_of, measure
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config(FinetuningConfig):
     )
 
 
-class Finetune(RayTaskProbe[Config]):
+class Finetune(TaskProbe[Config]):
     """Top-1 of the trained network, other accuracies, and the mean training loss of the last epoch.
 
     Rows have the layer "pooled"; there are none for pixels, which cannot be trained.

@@ -41,7 +41,7 @@ from raysl.extraction import Heads, heads
 from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
 from raysl.probes import Labelled, Row, Settings, Subject, check_features, field_values, primary
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.ray_cluster import gpus
@@ -90,7 +90,7 @@ class Config(Settings):
         return field_values(self) | {"dials": spelled}
 
 
-class Invariance(RayTaskProbe[Config]):
+class Invariance(TaskProbe[Config]):
     """Distances, the probability `closer` and read-outs of each transform, for every layer.
 
     Names of rows end in the name of the transform. The primary metric, `closer`, is the mean over the transforms: 1 for

@@ -39,7 +39,7 @@ from raysl.probes import Row, Settings, Subject, _poses, field_values
 from raysl.probes._images import batches, check_finite, held_out, load_maps, sample
 from raysl.probes._poses import Figure, Figures
 from raysl.probes._ridge import Moments, Readout, fit
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.ray_cluster.gpus import device
 from raysl.storage import Folder
 
@@ -93,7 +93,7 @@ class Config(Settings):
         return {**field_values(self), **held, "images": ""}
 
 
-class Keypoints(RayTaskProbe[Config]):
+class Keypoints(TaskProbe[Config]):
     """PCK at each threshold, the first of which is the primary metric, and their mean distance."""
 
     def __init__(self, config: Config) -> None:

@@ -32,7 +32,7 @@ from raysl.fields import Bounds
 from raysl.pretext import Geometry
 from raysl.probes import Row, Settings, Subject, check_features
 from raysl.probes._images import batches, features, load, sample
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.probes.collapse import rankme
 from raysl.rng import ImageRng
 from raysl.stream import decode
@@ -63,7 +63,7 @@ class Config(Settings):
         recipe(self.augmentation)
 
 
-class Lidar(RayTaskProbe[Config]):
+class Lidar(TaskProbe[Config]):
     """LiDAR, the primary metric, and its share of the largest possible value."""
 
     primary_metric = "lidar"

@@ -34,7 +34,7 @@ from raysl.fields import Bounds
 from raysl.pretext._sound import spectrogram
 from raysl.probes import REESTIMATED, Row, Settings, Subject
 from raysl.probes._images import cell_offset, mixed, spaced
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.ray_cluster.gpus import device
 from raysl.stream import decode
 
@@ -66,7 +66,7 @@ class Moments:
     boxes_b24: NDArray[np.float64]
 
 
-class Localisation(RayTaskProbe[Config]):
+class Localisation(TaskProbe[Config]):
     """Share of frames in which the peak of the map lies in the box of the sounding object, the primary metric."""
 
     primary_metric = "peak_in_box"

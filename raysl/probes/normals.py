@@ -38,7 +38,7 @@ from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, field_values
 from raysl.probes._images import batches, check_finite, held_out, load_maps, sample
 from raysl.probes._ridge import Moments, Readout, fit
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.ray_cluster import gpus
 from raysl.storage import Folder
 from raysl.stream import decode
@@ -78,7 +78,7 @@ class Config(Settings):
         return {**field_values(self), "data": found}
 
 
-class Normals(RayTaskProbe[Config]):
+class Normals(TaskProbe[Config]):
     """Shares of pixels within 11.25 (the primary metric), 22.5 and 30 degrees, and the mean and median angle."""
 
     primary_metric = "within/11.25"

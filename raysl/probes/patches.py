@@ -30,7 +30,7 @@ from raysl.errors import MissingValueError, UserError
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, check_features, common_labels
 from raysl.probes._images import BATCH, each_clip, features, load, sample, seen_points, spaced
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.probes.retrieval import nearest
 from raysl.stream import decode
 
@@ -69,7 +69,7 @@ class Pieces:
     points_nk2: NDArray[np.float32] | None = None
 
 
-class Patches(RayTaskProbe[Config]):
+class Patches(TaskProbe[Config]):
     """Precision at each k, the first of which is the primary metric, and distances of places or poses."""
 
     def __init__(self, config: Config) -> None:

@@ -24,7 +24,7 @@ from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, Subject, check_labels, common_labels, primary
 from raysl.probes._corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from raysl.probes._images import batches, features, load, sample
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.probes.knn import Config as KnnConfig
 from raysl.probes.knn import Knn
 from raysl.probes.linear import Config as LinearConfig
@@ -59,7 +59,7 @@ class Config(Settings):
                 raise unknown("corruption", name, CORRUPTIONS)
 
 
-class Robustness(RayTaskProbe[Config]):
+class Robustness(TaskProbe[Config]):
     """Mean top-1 over corruptions and severities, the primary metric; each corruption; and the clean accuracy."""
 
     primary_metric = "top1_corrupted"

@@ -27,7 +27,7 @@ from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, sample_each_class
 from raysl.probes._finetuning import FinetuningConfig, labels_of, measure
-from raysl.probes._task import RayTaskProbe, run_tasks
+from raysl.probes._task import TaskProbe, run_tasks
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config(FinetuningConfig):
             raise UserError(f"--semisup.shares is {self.shares}; give each share once.")
 
 
-class Semisup(RayTaskProbe[Config]):
+class Semisup(TaskProbe[Config]):
     """Top-1 from a share of the labels. Names end in the share, as top1@1%; rows have the layer "pooled"."""
 
     learns = True

@@ -24,7 +24,7 @@ from raysl.errors import MissingValueError, explained
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, Subject, common_labels
 from raysl.probes._images import each_clip, features, load, sample, spaced
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.stream import decode
@@ -46,7 +46,7 @@ class Config(Settings):
     linear: LinearConfig = field(default_factory=LinearConfig)
 
 
-class Video(RayTaskProbe[Config]):
+class Video(TaskProbe[Config]):
     """Top-1, the primary metric, of the classes of clips, and the other accuracies of the probe `linear`."""
 
     primary_metric = "top1"

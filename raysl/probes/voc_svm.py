@@ -22,7 +22,7 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.probes import Labelled, Row, Subject, _voc
 from raysl.probes._images import features, load, sample
-from raysl.probes._task import RayTaskProbe
+from raysl.probes._task import TaskProbe
 from raysl.probes._voc import Picture, VocSettings
 from raysl.probes.svm import Config as SvmConfig
 from raysl.probes.svm import Svm
@@ -43,7 +43,7 @@ class Config(VocSettings):
     svm: SvmConfig = field(default_factory=SvmConfig)
 
 
-class VocSvm(RayTaskProbe[Config]):
+class VocSvm(TaskProbe[Config]):
     """Mean over classes of the average precision, mAP, for every requested layer."""
 
     primary_metric = "mAP"

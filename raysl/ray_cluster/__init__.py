@@ -97,7 +97,7 @@ def start_coordinator() -> None:
 
     Without this, Ray Train starts it when it needs it, and the first step waits a second for its process.
     """
-    with suppress(ImportError):  # a private function of Ray
+    with suppress(Exception):  # A private function of Ray, which only saves time.
         from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 
         get_or_create_autoscaling_coordinator()

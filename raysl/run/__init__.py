@@ -69,9 +69,7 @@ class Run:
             if DataSet.exists_at(uri):
                 raise UserError(f"{uri!r} is a data set and no run. Give the folder of a run.")
             if run.folder.exists(run_folder.SWEEP_JOURNAL):
-                raise UserError(
-                    f"{uri!r} is a sweep. Give one of its runs, such as {uri}/trials/0000/seed-0."
-                )
+                raise UserError(f"{uri!r} is a sweep. Give one of its runs: {uri}/trials/NNNN/seed-S.")
             raise UserError(
                 f"No run at {uri!r}: there is no {METADATA}. {similar_folder(uri, METADATA)}Runs are made by "
                 "`raysl pretrain --data DATA --run RUN`."

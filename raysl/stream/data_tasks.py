@@ -123,7 +123,7 @@ def _unpickled(pickled: bytes) -> Any:
 
 @dataclass(frozen=True)
 class MakeBatches:
-    """The function of a data task of Ray Data: make the batches of one piece of the plan."""
+    """The function of a data task of Ray Data: make the batches of one block of the plan."""
 
     stream: Stream
     start: int

@@ -40,7 +40,7 @@ class Plan:
     batch_size: int  # images in the global batch
     seed: int  # seed of the run
     groups_per_window: int  # row groups per window
-    steps_per_block: int  # steps that share a piece of the order
+    steps_per_block: int  # steps that share a block of the order
     num_steps: int  # steps of the run
 
     @staticmethod
@@ -52,8 +52,8 @@ class Plan:
         """
         if batch_size > dataset.num_images:
             raise UserError(
-                f"--batch-size is {batch_size} and the data set has {dataset.size}. Give more "
-                "images, or a smaller batch."
+                f"--batch-size is {batch_size} and the data set has {dataset.size_text}. The batch "
+                "must not be larger: lower --batch-size, or give more images."
             )
         starts = dataset.row_group_starts
         rows_per_group = dataset.num_images / (len(starts) - 1)
@@ -90,7 +90,7 @@ class Plan:
                 f"{max(1, local) * world}."
             )
         first_step = step - step % self.steps_per_block
-        # The last piece may be shorter, so that the run ends with its last epoch.
+        # The last block may be shorter, so that the run ends with its last epoch.
         steps = min(self.steps_per_block, self.num_steps - first_step)
         lanes = math.gcd(self.batch_size, LANES)
         rows_per_lane = self.batch_size // lanes

@@ -1,8 +1,8 @@
 """Make the batches of a stream in child processes of this one, without Ray.
 
 The processes are forked, so they start at once and share the memory of imported libraries, as those of torch's
-DataLoader do on Linux. Each takes every n-th piece of the plan and sends its batches through a pipe. A process that is
-a piece ahead, or has sent its share of `_PREFETCH_BYTES`, waits until its pipe is read.
+DataLoader do on Linux. Each takes every n-th block of the plan and sends its batches through a pipe. A process that is
+a block ahead, or has sent its share of `_PREFETCH_BYTES`, waits until its pipe is read.
 
 The processes ignore the stop signals of a terminal, since a run needs batches until it has saved. They end when the
 pipes are closed, which also happens when this process is killed.
@@ -85,13 +85,13 @@ class DataProcesses:
             ]
         else:
             sources = [_load_share(stream, start, end, 0, 1)]
-        # While the batches of a process are taken, the others make their pieces.
+        # While the batches of a process are taken, the others make their blocks.
         max_batches = stream.plan.steps_per_block if count > 1 else 0
         prefetchers = [_Prefetcher(source, max_batches, _PREFETCH_BYTES // count) for source in sources]
         try:
-            for piece_number, piece in enumerate(step_blocks(stream.plan, start, end)):
-                for _ in piece:
-                    yield prefetchers[piece_number % count].take()
+            for block_number, block in enumerate(step_blocks(stream.plan, start, end)):
+                for _ in block:
+                    yield prefetchers[block_number % count].take()
         except BaseException:  # Also when the caller takes no more.
             self._kill()
             raise
@@ -101,7 +101,7 @@ class DataProcesses:
 
 
 def _load_share(stream: Stream, start: int, end: int, number: int, count: int) -> Iterator[Columns]:
-    """Yield the batches of the pieces whose number modulo `count` is `number`."""
+    """Yield the batches of the blocks whose number modulo `count` is `number`."""
     return load(stream, itertools.islice(step_blocks(stream.plan, start, end), number, None, count))
 
 

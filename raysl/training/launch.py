@@ -116,7 +116,7 @@ def _announce(
     _log.info(
         "%s on %s %s: %s of %d.",
         config.method,
-        dataset.size,
+        dataset.size_text,
         f"resumes from step {saved}" if saved else "begins again" if again else "begins",
         counted(plan.num_steps - saved, "more step" if saved else "step"),
         config.batch_size,
@@ -152,8 +152,8 @@ def _start_ray_and_choose_group(config: Pretraining, placement: Placement | None
         in_process.check(config)
         return WorkerGroup(1, placement or in_process.local_placement())
     ray_cluster.start()
-    ray_cluster.start_coordinator()
     shared_paths.refuse_local({"--run": config.run})
+    ray_cluster.start_coordinator()
     counts = config.worker_counts()
     if placement is not None:
         return WorkerGroup(counts[0], placement)

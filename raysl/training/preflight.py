@@ -31,9 +31,8 @@ def check_and_plan(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[st
         UserError: the data set reveals a mistake in the configuration, the run was begun with other ones, or its disk
             has no space for a checkpoint.
     """
-    Run.resumable_metadata(
-        config, dataset
-    )  # First: what follows would blame a value that is taken from the run.
+    # First: what follows would blame a value that is taken from the run.
+    Run.resumable_metadata(config, dataset)
     run = Run(Folder(config.run))
     model = Model.of(model_config(config, run.checkpoints), dataset)
     model.check()

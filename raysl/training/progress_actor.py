@@ -13,7 +13,7 @@ from raysl.errors import UserError, counted
 
 # Errors of one worker at one step before a run gives up.
 MAX_SAME_STEP_ERRORS = 3
-# What a worker is doing, for the sentence about workers that wait for each other in vain.
+# What a worker is doing, for the sentence about workers that time out waiting for each other.
 WAITING_FOR_IMAGES = "waits for images"
 SAVING = "writes a checkpoint"
 WAITING_FOR_WORKERS = "waits for the other workers"
@@ -91,7 +91,7 @@ class ProgressActor:
 
         Args:
             reached: last step in the metrics of earlier sessions.
-            saves: when checkpoints are saved, from `SaveConfig.told`.
+            saves: when checkpoints are saved, from `SaveConfig.describe`.
 
         Returns:
             The number of steps after `step` that were done and lost, as far as metrics show.
@@ -232,7 +232,7 @@ class RemoteProgress(Progress):
 
 
 def stall_sentence(step: int, stalled: Mapping[int, str], workers: int) -> str:
-    """Return what is known of workers that wait for each other in vain, with the likely causes.
+    """Return what is known of workers that time out waiting for each other, with the likely causes.
 
     Args:
         stalled: what a worker does, by its rank; workers that hang are missing.

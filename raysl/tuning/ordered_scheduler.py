@@ -87,7 +87,7 @@ class OrderedScheduler(TrialScheduler):  # type: ignore[misc]
 
     Attributes:
         trials: the states of the trials, by number.
-        given_up: crashed trials that may continue, but that Ray Tune gives up; each with its controller.
+        to_requeue: crashed trials that may continue, but that Ray Tune gives up; each with its controller.
     """
 
     _supports_buffered_results = False
@@ -166,9 +166,8 @@ class OrderedScheduler(TrialScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         n = _number(trial)
-        if (
-            trial in self.to_requeue
-        ):  # `choose_trial_to_run` queues it again, and Ray Tune then calls this too.
+        # `choose_trial_to_run` queues it again, and Ray Tune then calls this too.
+        if trial in self.to_requeue:
             return
         reason, error = _failure(trial)
         if isinstance(error, StorageError):  # The trial is not at fault, and the others would fail too.

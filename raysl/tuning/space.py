@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raysl import fields, rng
-from raysl.config import MAY_CHANGE, Pretraining, defaults, methods
+from raysl.config import MAY_CHANGE, Pretraining, methods
 from raysl.errors import UserError, unknown
 from raysl.fields import Range
 
@@ -120,9 +120,6 @@ def corners(ends: Mapping[str, Sequence[Any]]) -> Iterator[Values]:
 def apply_values(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
     """Return the base configuration with values of Ray Tune for some fields, by dotted or short names.
 
-    Another method than that of the base gets the parts that `raysl pretrain` chooses for it, and shares a transform
-    that both have.
-
     Raises:
         UserError: a field does not exist, cannot vary or is named twice, or a value is not allowed.
     """
@@ -131,8 +128,11 @@ def apply_values(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
     parts = methods.parse(tree["method"]).config_types()
     # Another method has as many negatives: the number of its class may be more than the data set has.
     numbers = [one["num_negatives"] for one in tree["parts"].values() if "num_negatives" in one]
-    chosen = defaults.parts_of(tree["method"], next(iter(numbers), 0), base.view.image_size)
-    tree["parts"] = {name: tree["parts"].get(name, chosen[name]) for name in parts}
+    negatives = {"num_negatives": numbers[0]} if numbers else {}
+    tree["parts"] = {
+        name: tree["parts"].get(name, dict(negatives) if hasattr(kind, "num_negatives") else {})
+        for name, kind in parts.items()
+    }
     known, seen = _fields([tree["method"]]), list[str]()
     for given, value in values.items():
         name = _resolve(given, known)

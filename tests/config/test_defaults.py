@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import re
 import shlex
@@ -19,7 +18,6 @@ from raysl.config import Pretraining, defaults, differences
 from raysl.config.command import command
 from raysl.dataset import DataSet
 from raysl.optim import OptimConfig
-from raysl.tuning.space import apply_values
 from tests.data import make_dataset
 
 DATA, RUN = ["--data", "d", "--run", "r"], {"data": "d", "run": "-"}
@@ -181,19 +179,16 @@ def test_transformers_are_trained_with_adamw(small: DataSet) -> None:
     vit = {"name": "timm/vit_tiny_patch16_224"}
     made = defaults.choose_defaults({**RUN, "backbone": vit}, small, 1, False).optim
     assert (made.name, made.lr, made.weight_decay, made.warmup) == ("adamw", 0.0005, 0.05, 0.05)
-    own = defaults.choose_defaults({**RUN, "backbone": vit, "optim": {"name": "sgd"}}, small, 1, False).optim
-    assert (own.name, own.lr, own.weight_decay) == ("sgd", 0.12, 1e-4)
+    for given, expected in (({"name": "sgd"}, ("sgd", 0.12, 1e-4)), ({"lr": 0.03}, ("sgd", 0.03, 1e-4))):
+        own = defaults.choose_defaults({**RUN, "backbone": vit, "optim": given}, small, 1, False).optim
+        assert (own.name, own.lr, own.weight_decay) == expected
 
 
-@pytest.mark.parametrize(
-    "method", ["pirl-jigsaw", "pirl-rotation", "npid", "simclr", "moco", "predict-rotation"]
-)
-def test_a_trial_of_a_method_has_what_pretraining_chooses_for_it(method: str, small: DataSet) -> None:
-    base = defaults.choose_defaults(RUN, small, 1, False, varied=["method"])
-    alone = defaults.choose_defaults({**RUN, "method": method}, small, 1, False)
-    # Methods without a bank do not use its momentum.
-    alone = dataclasses.replace(alone, bank=base.bank)
-    assert apply_values(base, {"method": method}) == alone
-    assert base.bank.momentum == 0
-    # Methods with the same transform share its values.
-    assert apply_values(base, {"method": "predict-jigsaw"}).parts["jigsaw"] == base.parts["jigsaw"]
+def test_trials_of_several_methods_have_the_hyperparameters_of_the_papers(
+    small: DataSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        made = defaults.choose_defaults(RUN, small, 1, False, varied=["method"])
+    pirl = made.parts["pirl"]
+    assert (pirl.head, made.bank.momentum, pirl.num_negatives) == ("linear", 0.5, 99)
+    assert "hyperparameters of its paper" in caplog.messages[-1]

@@ -32,7 +32,7 @@ def test_runs_differ_in_method_alone(tmp_path: Path) -> None:
     of_banks = [
         configs[method] for method in ("npid", "pirl-rotation", "pirl-jigsaw", "pirl-rotation+jigsaw")
     ]
-    # What defaults.resolve chooses for small images.
+    # What defaults.choose_defaults chooses for small images.
     assert {config.bank.momentum for config in of_banks} == {0.0}
     assert [config.parts["jigsaw"].grid for config in of_banks if "jigsaw" in config.parts] == [2, 2]
     assert configs["distill"].parts["distill"].teacher == configs["supervised"].run

@@ -133,7 +133,7 @@ def test_where_there_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "swept").mkdir()
     (tmp_path / "swept" / "sweep.jsonl").touch()
     with pytest.raises(
-        UserError, match=r"swept' is a sweep\. Give one of its runs, such as .*swept/trials/0000/seed-0"
+        UserError, match=r"swept' is a sweep\. Give one of its runs: .*swept/trials/NNNN/seed-S"
     ):
         Run.open(str(tmp_path / "swept"))
 

@@ -353,7 +353,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished: Run, dataset: DataSe
 @pytest.mark.slow
 def test_a_killed_run_on_clips_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     clips = make_clips(tmp_path / "set", 24)
-    assert clips.size == "24 clips"
+    assert clips.size_text == "24 clips"
     whole, killed = (
         Pretraining(
             str(clips.folder),
