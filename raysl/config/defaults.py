@@ -39,36 +39,9 @@ _MANY = 1 << 31
 # Learning rates for convolutional networks; results/recipes compares them on small images.
 _RATES = {"sgd": 0.12, "adamw": 0.003, "lars": 3.0}
 # Beginnings of timm's names of transformers, and of networks that are trained like them.
-_TRANSFORMERS = (
-    *(
-        "beit",
-        "cait",
-        "coat",
-        "convit",
-        "convnext",
-        "crossvit",
-        "davit",
-        "deit",
-        "eva",
-        "flexivit",
-        "focalnet",
-        "gcvit",
-    ),
-    *(
-        "hiera",
-        "levit",
-        "maxvit",
-        "mvitv2",
-        "naflexvit",
-        "nest",
-        "pit",
-        "pvt",
-        "samvit",
-        "swin",
-        "tiny_vit",
-        "tnt",
-    ),
-    *("twins", "vit", "volo", "xcit"),
+_TRANSFORMERS = tuple(
+    "beit cait coat convit convnext crossvit davit deit eva flexivit focalnet gcvit hiera levit maxvit mvitv2 "
+    "naflexvit nest pit pvt samvit swin tiny_vit tnt twins vit volo xcit".split()
 )
 
 
