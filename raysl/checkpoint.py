@@ -37,8 +37,8 @@ class SaveConfig(Checked):
     """When checkpoints are written and which are kept. The last step is always saved.
 
     Args:
-        every_steps: steps between checkpoints; 0 for no limit of steps.
-        every_minutes: minutes between checkpoints, checked every few seconds; 0 for no limit of time.
+        every_steps: steps between checkpoints; 0 to save by time only.
+        every_minutes: minutes between checkpoints, checked every few seconds; 0 to save by steps only.
         keep_last: number of newest checkpoints to keep.
         keep_every: also keep the checkpoints whose step is a multiple of this number; 0 for none.
         keep_steps: also keep the checkpoints of these steps.
