@@ -7,7 +7,8 @@ arXiv 2005.10242. With unit embeddings a and b of two views of an image, and N i
 
     raysl pretrain --data DATA --run RUN --plugin examples/uniformity.py --method uniformity --uniformity.weight 1
 
-The method, the class and the flags have the name of the file. CONTRIBUTING.md lists what else an objective may have.
+The method, the class and the flags have the name of the file. `raysl/objectives/__init__.py` lists what
+else an objective may have.
 """
 
 from __future__ import annotations

@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 import raysl
-from raysl import plugins, pretext
+from raysl import plugins, pretext, probes
 from raysl.__main__ import main
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, methods
 from raysl.errors import UserError, name_plugin_in_errors
+from raysl.rng import ImageRng
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.reader import StreamConfig
@@ -29,7 +31,7 @@ from raysl.tuning.results import SweepResults
 from tests.data import make_dataset
 from tests.objectives.setups import batch, setup
 
-EXAMPLE = str(Path(__file__).parents[1] / "examples" / "uniformity.py")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 TRANSFORM = '''"""Mirror top and bottom."""
 from dataclasses import dataclass
@@ -351,7 +353,7 @@ def test_a_missing_plugin_is_refused() -> None:
 
 
 def test_the_example_of_an_objective_is_its_papers_equation() -> None:
-    plugins.load_module(EXAMPLE)
+    plugins.load_module(str(EXAMPLES / "uniformity.py"))
     config_type, objective_type = methods.load_objective("uniformity")
     with pytest.raises(UserError, match=r"^--uniformity\.weight is -1"):
         config_type(weight=-1.0)
@@ -367,6 +369,39 @@ def test_the_example_of_an_objective_is_its_papers_equation() -> None:
     ]
     expected = ((a_bd - b_bd) ** 2).sum(1).mean() + 0.5 * np.mean(spread)
     assert objective.loss(outputs, of, None).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("orders", "labels"), [("all", 6), ("cyclic", 3)])
+def test_the_example_of_a_transform_permutes_channels_by_the_label(orders: str, labels: int) -> None:
+    plugins.load_module(str(EXAMPLES / "color_order.py"))
+    config_type, _ = pretext.load("color_order")
+    made = pretext.build("color_order", {"color_order": config_type(orders=orders)}, pretext.Geometry(8))
+    x = torch.arange(3, dtype=torch.uint8)[None, :, None, None].expand(200, 3, 8, 8)
+    indices = np.arange(200)
+    result = made.transform(x, ImageRng(0, np.zeros(200, np.int64), indices))
+    assert result.target is not None
+    seen = {
+        (int(label), tuple(crop[:, 0, 0].tolist()))
+        for label, crop in zip(result.target, result.crops_bpchw[:, 0], strict=True)
+    }
+    assert len(seen) == made.num_labels == labels  # each label has one order
+    assert len({order for _, order in seen}) == labels
+    assert (0, (0, 1, 2)) in seen
+    assert all(bool((crop == crop[:, :1, :1]).all()) for crop in result.crops_bpchw[:, 0])
+
+
+def test_the_example_of_a_probe_is_its_papers_equation() -> None:
+    plugins.load_module(str(EXAMPLES / "class_separation.py"))
+    config_type, probe_type = probes.load("class_separation")
+    labels_n = np.repeat(np.arange(4), (5, 3, 8, 1))
+    x = np.random.default_rng(0).normal(size=(17, 6)).astype(np.float32) + labels_n[:, None]
+    data = probes.Labelled(x, labels_n)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    distance = 1 - unit @ unit.T
+    pairs = [[distance[np.ix_(labels_n == i, labels_n == j)].mean() for j in range(3)] for i in range(3)]
+    expected = 1 - np.mean(np.diag(pairs)) / np.mean(pairs)
+    (row,) = probe_type(config_type()).run(data, data)  # the class of one image is left out
+    assert row.value == pytest.approx(expected, abs=1e-6)
 
 
 def _trained(tmp_path: Path, files: dict[str, str], **more: Any) -> None:
@@ -444,7 +479,7 @@ def test_the_example_of_an_objective_trains(tmp_path: Path) -> None:
         "method": "uniformity-rotation",
         "epochs": 1,
         "batch_size": 8,
-        "plugin": (EXAMPLE,),
+        "plugin": (str(EXAMPLES / "uniformity.py"),),
     }
     config = Pretraining(str(data.folder), str(tmp_path / "run"), **given)
     run = pretrain(config, local=True)

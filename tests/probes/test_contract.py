@@ -73,6 +73,7 @@ def of_kind(kind: type[Any]) -> list[str]:
 
 every_probe = pytest.mark.parametrize("name", probes.names())
 labelled_probe = pytest.mark.parametrize("name", of_kind(LabelledProbe))
+accuracy_probe = pytest.mark.parametrize("name", [n for n in of_kind(LabelledProbe) if probes.is_score(n)])
 feature_probe = pytest.mark.parametrize("name", of_kind(FeatureProbe))
 encoder_probe = pytest.mark.parametrize("name", of_kind(EncoderProbe))
 probe_of_features = pytest.mark.parametrize("name", of_kind(LabelledProbe) + of_kind(FeatureProbe))
@@ -225,7 +226,7 @@ def test_one_image_gives_a_result_or_is_refused_as_too_few(name: str, sizes: tup
     rows_or_refusal(lambda: rows(name, blobs(sizes[0], 0), blobs(sizes[1], 1)), TOO_SMALL)
 
 
-@labelled_probe
+@accuracy_probe
 def test_primary_metric_is_high_for_separate_classes_and_low_for_random_labels(name: str) -> None:
     train, test = blobs(300, 0), blobs(200, 1)
     shuffled = np.random.default_rng(0).permutation(train.labels_n)
@@ -233,7 +234,7 @@ def test_primary_metric_is_high_for_separate_classes_and_low_for_random_labels(n
     assert primary(name, rows(name, Labelled(train.features_nd, shuffled), test)) < 0.4
 
 
-@labelled_probe
+@accuracy_probe
 def test_a_class_of_the_test_set_only_is_always_wrong(name: str) -> None:
     train, test = blobs(200, 0), blobs(100, 1)
     unknown = Labelled(test.features_nd, test.labels_n + 6)
@@ -248,7 +249,7 @@ def test_order_of_the_test_set_does_not_matter(name: str) -> None:
         assert one.value == pytest.approx(other.value, abs=0.011)
 
 
-@labelled_probe
+@accuracy_probe
 @pytest.mark.parametrize("step", [1, -1])
 def test_equal_features_give_chance_even_if_the_set_is_sorted_by_class(name: str, step: int) -> None:
     labels_n = np.repeat(np.arange(5), 40)
