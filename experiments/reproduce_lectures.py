@@ -100,7 +100,7 @@ def _sweep(figure: Any) -> Callable[[LectureFlags, str], None]:
         images = min(8000, train)
         given = _common(flags, sweep_pirl.SweepFlags, out=out, figure=figure)
         given = replace(
-            given, runs=f"{flags.runs}/sweep", workers=1, images=images, epochs=flags.images / 2 / images
+            given, runs=f"{flags.runs}/sweep", workers=1, images=images, epochs=flags.images / images
         )
         sweep_pirl.main(given)
 
@@ -180,15 +180,15 @@ def rows(flags: LectureFlags, out: Folder) -> list[dict[str, Any]]:
         for method in methods:
             for seed in flags.seeds:
                 run = Run.find(folder_of(flags, method, seed, train, Folder(f"{flags.runs}/{place}")))
-                label = f"{place}/{method}".removeprefix("/")
+                group = f"{place}/" if place else ""
                 for size, name in zip(_sizes(flags), ("few", "all"), strict=True):
-                    label = label.replace(f"-{size}/", f"-{name}/")
+                    group = group.replace(f"-{size}/", f"-{name}/")
                 # A run that another process trains may have no checkpoint yet.
                 steps = (0, newest_step(run.checkpoints)) if run else ()
                 for row in rows_of(run) if run else ():
                     if row["test"] in (judged, "") and row["step"] in steps:
-                        names = {"trained": label, "random": "untrained", "pixels": "raw pixels"}
-                        found.append({**row, "label": names[row["encoder"]]})
+                        names = {"trained": method, "random": "untrained", "pixels": "raw pixels"}
+                        found.append({**row, "label": group + names[row["encoder"]]})
     for name in ("lambda", "negatives", "permutations", "label_noise"):
         if (out / name).exists("rows.jsonl"):
             found += read(out / name)

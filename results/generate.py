@@ -34,7 +34,7 @@ OPTIMUM = {"probe": "linear", "name": "top1", "layer": "pooled", "protocol": "45
 FAST = {"probe": "linear", "name": "top1", "protocol": "a3561de13ca9"}
 # The same schedules of the linear probe in their later versions, of results/lectures.
 FAST_LATER = ("76e3dbca767a", "f182d6a9372f")
-OPTIMUM_LATER = {**OPTIMUM, "protocol": "58e3c9b91cf1"}
+OPTIMUM_LATER = {**OPTIMUM, "protocol": "4a65eaba0798"}
 CLOSER = {"probe": "invariance", "layer": "pooled"}
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")
 LONG = "evaluation/tiny-imagenet-20-long"
