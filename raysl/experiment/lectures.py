@@ -14,6 +14,7 @@ twenty misses its value by chance.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -146,7 +147,7 @@ def _measure(row: Mapping[str, Any], fast_linear: Sequence[str]) -> str:
 def page(
     claims: Sequence[Claim], found: Mapping[str, Observations], longer: Mapping[str, str] | None = None
 ) -> str:
-    """Return the Markdown table of claims.
+    """Return the number of claims of each verdict, and the Markdown table of claims.
 
     Args:
         claims: the claims, such as `raysl.experiment.claims.CLAIMS`.
@@ -154,11 +155,11 @@ def page(
         longer: for a name, that of longer runs on the same images. Where these have enough seeds, the others are left
             out.
     """
-    lines = [
+    table = [
         "| claim | source | data | verdict | measured, in points, with the 95 % interval |",
         f"|{'---|' * 5}",
     ]
-    decided = 0
+    decided, verdicts = 0, Counter[str]()
     for claim in claims:
         judged = {data: judge(claim, results) for data, results in found.items()}
         decisive = {
@@ -168,16 +169,23 @@ def page(
         }
         judged = {data: of for data, of in judged.items() if (longer or {}).get(data) not in decisive}
         decided += sum(len(one.values) >= MIN_SEEDS for _, all_of in judged.values() for one in all_of)
-        rows = [
-            f"{data} | **{_PRINTED[verdict]}** | {'<br>'.join(map(str, measured))}"
-            for data, (verdict, measured) in judged.items()
-            if any(one.values for one in measured)
+        about = f"{claim.says} | {claim.figure}"
+        measured_on = [data for data, (_, all_of) in judged.items() if any(one.values for one in all_of)]
+        for data in measured_on:
+            verdict, all_of = judged[data]
+            verdicts[_PRINTED[verdict]] += 1
+            table.append(f"| {about} | {data} | **{_PRINTED[verdict]}** | {'<br>'.join(map(str, all_of))} |")
+            about = " | "  # A claim is printed once, above its data sets.
+        if not measured_on:
+            table.append(f"| {about} | | **{_PRINTED['cannot tell']}** | not measured |")
+    counts = ", ".join(f"{verdicts[word]} {word}" for word in _PRINTED.values())
+    return "\n".join(
+        [
+            f"{counted(verdicts.total(), 'verdict')}, each on a claim and a data set: {counts}.",
+            "",
+            *table,
+            "",
+            f"{decided} of the intervals have at least {MIN_SEEDS} seeds. One 95 % interval in 20 misses the true value "
+            f"by chance; of {decided}, about {decided / 20:.1f}.",
         ]
-        rows = rows or [f"| **{_PRINTED['cannot tell']}** | not measured"]
-        lines += [f"| {claim.says} | {claim.figure} | {row} |" for row in rows]
-    lines += [
-        "",
-        f"{decided} of the intervals have at least {MIN_SEEDS} seeds. One 95 % interval in 20 misses the true value by "
-        f"chance; of {decided}, about {decided / 20:.1f}.",
-    ]
-    return "\n".join(lines)
+    )

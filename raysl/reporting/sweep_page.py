@@ -15,7 +15,7 @@ from raysl.reporting.sweep_figures import figures
 from raysl.tuning.results import SweepResults, described, doubts, format_sweep_value, number
 
 _BODY = """<p>{{ summary }}</p>
-{% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
+{% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre><p>{{ caution }}</p>{% endif %}
 <h2>Trials</h2>
 <div class="wide"><table><tr><th>trial</th>{% for name in names %}<th>{{ name | breakable }}</th>{% endfor %}
 <th>{{ probe }}</th><th>±</th><th>epoch</th><th></th></tr>
@@ -43,10 +43,11 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
             f"{epochs:g} epoch{'' if epochs == 1 else 's'}, compared by {sweep.probe} on "
             f"{results.validation_uri.rpartition('/')[2]}; "
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
-            f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(results)}"
+            f"stopped {states.count('stopped')}, failed {states.count('failed')}."
         ),
         best=best_row and f"Trial {best_row['trial']}: {described(best_row['values'])}, {_score(best_row)}.",
         command=best and wrapped(command(replace(best, data="DATA", run="RUN"))),
+        caution=_caution(results),
         names=names,
         probe=sweep.probe,
         rows=[
@@ -62,11 +63,16 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
     return text, drawn
 
 
-def _selection(results: SweepResults) -> str:
-    """Return sentences that say how far the scores of the table can be trusted."""
-    sentences = [
-        "The best score is that of a choice among all trials on the same images, and so too high by chance."
-    ]
+def _caution(results: SweepResults) -> str:
+    """Return the score of the best trial on the test images, and sentences that say how far its lead can be trusted."""
+    sentences = []
+    if tested := results.extras("test").get("trained"):
+        sentences.append(
+            f"On the test images, on which no other trial was scored, it has {mean(tested):.4f}."
+        )
+    sentences.append(
+        "Its score above is too high by chance, because it was chosen among all trials by that score."
+    )
     if found := results.expected_lead_by_chance():
         count, deviation, gap = found
         sentences.append(
@@ -78,8 +84,6 @@ def _selection(results: SweepResults) -> str:
         sentences.append(
             "The trials were chosen on the test split of the source: no score here is that of unseen images."
         )
-    if tested := results.extras("test").get("trained"):
-        sentences.append(f"The best trial was then scored once on the test images: {mean(tested):.4f}.")
     return " ".join(sentences)
 
 

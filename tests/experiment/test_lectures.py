@@ -83,3 +83,7 @@ def test_longer_runs_with_enough_seeds_replace_shorter_ones() -> None:
     found = {"X": short, "X, long": long, "Y": short, "Y, long": short}
     said = page([claim], found, {"X": "X, long", "Y": "Y, long"})
     assert [name for name in found if f"| {name} |" in said] == ["X, long", "Y", "Y, long"]
+    assert said.startswith(
+        "3 verdicts, each on a claim and a data set: 1 confirmed, 0 contradicted, 2 inconclusive."
+    )
+    assert said.count("a is better | figure") == 1
