@@ -185,7 +185,7 @@ def page(
             "",
             *table,
             "",
-            f"{decided} of the intervals have at least {MIN_SEEDS} seeds. One 95 % interval in 20 misses the true value "
-            f"by chance; of {decided}, about {decided / 20:.1f}.",
+            f"{decided} of the intervals have at least {MIN_SEEDS} seeds. One 95 % interval in 20 misses the true "
+            f"value by chance; of {decided}, about {decided / 20:.1f}.",
         ]
     )
