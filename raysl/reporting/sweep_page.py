@@ -39,8 +39,8 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
         _BODY,
         title=", ".join(names) if "method" in names else f"{results.base.method}: {', '.join(names)}",
         summary=(
-            f"{counted(len(rows), 'trial')}, each with seed {' and '.join(map(str, sweep.seeds))}, "
-            f"{epochs:g} epoch{'' if epochs == 1 else 's'}, compared by {sweep.probe} on "
+            f"{counted(len(rows), 'trial')}, each with {counted(len(sweep.seeds), 'seed')} "
+            f"({', '.join(map(str, sweep.seeds))}) and {epochs:g} epoch{'' if epochs == 1 else 's'}, compared by {sweep.probe} on "
             f"{results.validation_uri.rpartition('/')[2]}; "
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
             f"stopped {states.count('stopped')}, failed {states.count('failed')}."
@@ -71,7 +71,7 @@ def _caution(results: SweepResults) -> str:
             f"On the test images, on which no other trial was scored, it has {mean(tested):.4f}."
         )
     sentences.append(
-        "Its score above is too high by chance, because it was chosen among all trials by that score."
+        "Its score on the validation images is too high by chance, because it was chosen by that score."
     )
     if found := results.expected_lead_by_chance():
         count, deviation, gap = found
