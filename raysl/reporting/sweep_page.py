@@ -40,7 +40,8 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
         title=", ".join(names) if "method" in names else f"{results.base.method}: {', '.join(names)}",
         summary=(
             f"{counted(len(rows), 'trial')}, each with {counted(len(sweep.seeds), 'seed')} "
-            f"({', '.join(map(str, sweep.seeds))}) and {epochs:g} epoch{'' if epochs == 1 else 's'}, compared by {sweep.probe} on "
+            f"({', '.join(map(str, sweep.seeds))}) and {epochs:g} "
+            f"epoch{'' if epochs == 1 else 's'}, compared by {sweep.probe} on "
             f"{results.validation_uri.rpartition('/')[2]}; "
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
             f"stopped {states.count('stopped')}, failed {states.count('failed')}."
