@@ -3,7 +3,7 @@
 Command:  python experiments/invariance_vs_performance.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 8 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
-Expect:   the pretext task is below ClusterFit and PIRL in invariance and in linear top-1.
+Expect:   the pretext task below ClusterFit and PIRL in invariance and in linear top-1. See results/lectures.
 
 ClusterFit (Yan et al. 2020) clusters the features of the first method. The picture is scatter.png.
 """

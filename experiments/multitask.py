@@ -3,7 +3,7 @@
 Command:  python experiments/multitask.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
-Expect:   both together are at least as good as the better task alone, for the same number of images.
+Expect:   both together about as good as the better task alone; in the paper they are better. See results/lectures.
 
 Doersch and Zisserman 2017, "Multi-task self-supervised visual learning", table 1.
 """

@@ -3,7 +3,7 @@
 Command:  python experiments/normals.py --data clips:2000 --images 24000 --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 8 minutes for each missing run, a minute for a probe. With --local: a few minutes.
-Expect:   early layers read normals best, and pretrained ones better than untrained ones.
+Expect:   pretrained layers read normals better than untrained ones, and res3 better than res4. See results/video.
 
 The probe `normals`: a linear map from each place of a layer, judged as NYU-v2 is. Clips bring their normals; with
 --normals.data FOLDER the runs are probed on pairs of images and normals of your own.

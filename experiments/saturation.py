@@ -3,7 +3,8 @@
 Command:  python experiments/saturation.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 10 minutes for each missing run, a minute for a probe. With --local: two to three minutes.
-Expect:   a pretext task gains little from more images, and more from width (Goyal et al. 2019, figure 2).
+Expect:   fewer images, each seen more often, give better features, and width makes little difference; Goyal et al.
+          2019, figure 2, find that a pretext task gains from width. See results/lectures.
 
 An open question of the lectures. All runs see `--images` images; with fewer different ones they see these more often.
 """

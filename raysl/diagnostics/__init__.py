@@ -48,7 +48,7 @@ class DoctorConfig(CheckedTop):
         method: an objective and a pretext transform, such as pirl-jigsaw.
         view, backbone: as of `raysl pretrain`.
         batch_size: images in the global batch.
-        workers: number of Ray Train workers; 0 means 1 if there is exactly one GPU, else 2.
+        workers: number of Ray Train workers; 0 takes as many as `raysl pretrain` would.
         cluster: measure nothing, but show the machines of the cluster, which of them the run would use, which it would
             wait for, what it would cost, and which machines run other code or packages.
         gpu: instead check and measure the GPUs of this machine with training steps of PIRL, ResNet-50 at 224 pixels. Of

@@ -39,6 +39,10 @@ _EXPERIMENTAL = (
 )
 
 PROBES = "probes"
+_RECIPES = (
+    "`raysl pretrain --recipe NAME` takes the hyperparameters of a published run. The accuracies are the published",
+    "ones; raysl has not run these recipes.",
+)
 _PROBES = f"Measurements and protocols of the probes: [{PROBES}]({PROBES}.md)."
 
 _SEEN = (
@@ -88,7 +92,7 @@ def index() -> str:
             rows.append(f"| [{name}]({name}.md) | {status}{cell(combinations.summary(_load(name)[1]))} |")
         lines += [f"## {title}", "", "| name | description |", "|---|---|", *rows, ""]
     rows = [f"| `{name}` | {cell(recipes.summary(name))} |" for name in recipes.names()]
-    lines += ["## Recipes", "", "`raysl pretrain --recipe NAME` is a published run at full scale.", ""]
+    lines += ["## Recipes", "", *_RECIPES, ""]
     lines += ["| name | what it reproduces |", "|---|---|", *rows, ""]
     return "\n".join([*lines, "## Probes", "", _PROBES, ""])
 
