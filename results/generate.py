@@ -89,8 +89,8 @@ def _headline() -> str:
     names = {
         "pirl-jigsaw": "PIRL with Jigsaw (pirl-jigsaw)",
         "pirl-rotation": "PIRL with Rotation (pirl-rotation)",
-        "transforms/all/simclr": "SimCLR (simclr)",
         "clusterfit": "ClusterFit, with predict-jigsaw as teacher",
+        "transforms/all/simclr": "SimCLR (simclr)",
         "untrained": "untrained network",
         "predict-rotation": "Rotation, predicting the angle (predict-rotation)",
         "predict-jigsaw": "Jigsaw, predicting the permutation (predict-jigsaw)",
@@ -102,7 +102,7 @@ def _headline() -> str:
     ]
     # Raw pixels are the same for each seed and each number of steps.
     pixels = values(f"{LONG}/rows.jsonl", label="raw pixels", **KNN)[:1]
-    cells.insert(3, ["raw pixels", percent(pixels, " %"), "not measured"])
+    cells.insert(4, ["raw pixels", percent(pixels, " %"), "not measured"])
     return table(["features", "kNN top-1", "linear probe top-1"], cells)
 
 
@@ -431,21 +431,53 @@ def _bench(part: str, file: str = "speed") -> str:
     return table(["program", "compared with", what, "ratio"], lines)
 
 
-def _second_run() -> str:
-    """Return the seconds of a second run in one process, from its call to its first step."""
-    rows = [row for row in lines_of("bench/speed.jsonl") if ", second" in row["arm"]]
+def _seconds() -> str:
+    """Return how long programs take to the end of their first step, by the newest rounds on one machine."""
+    rows = lines_of("bench/start-30-november-evening.jsonl")
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        seconds = [row["wall_s"] for row in rows if row["arm"] == arm]
-        program = arm.partition(", second")[0]
-        lines.append([program, f"{median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"])
-    return table(["program", "seconds"], lines)
+        of = [row for row in rows if row["arm"] == arm]
+        cells = []
+        for name in ("wall_s", "cpu_s", "memory_gb"):
+            values_of = [row[name] for row in of if name in row]
+            cells.append(
+                f"{median(values_of):.1f} ({min(values_of):.1f} to {max(values_of):.1f})" if values_of else ""
+            )
+        lines.append([arm, *cells])
+    return table(["program", "seconds", "CPU seconds", "memory, GB"], lines)
+
+
+def _stream() -> str:
+    """Return the ratios of the stream: a row for each way of raysl and size, a column for each loader."""
+    rows = [row for row in lines_of("bench/speed.jsonl") if row["part"] == "stream"]
+    found = {(row["arm"], row["side"], row["round"]): row["cpu_ms"] for row in rows}
+    owns, others = (list(dict.fromkeys(pair[at] for pair in COMPARED["stream"])) for at in (0, 1))
+    lines = []
+    for own in owns:
+        for side in sorted({side for _, side, _ in found}):
+            cells = []
+            for other in others:
+                ratios = [
+                    value / found[other, side, number]
+                    for (arm, of_side, number), value in found.items()
+                    if (arm, of_side) == (own, side)
+                ]
+                cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            lines.append([own, f"{side} pixels", *cells])
+    return table(
+        [
+            "program",
+            "views",
+            *(other.partition(",")[0].removesuffix(" with raysl's kernels") for other in others),
+        ],
+        lines,
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "bench-second-run": _second_run,
+    "bench-seconds": _seconds,
     "bench-start": lambda: _bench("start"),
-    "bench-stream": lambda: _bench("stream"),
+    "bench-stream": _stream,
     "bench-more-loaders": lambda: _bench("more-loaders", "more-loaders"),
     "headline": _headline,
     "long-layers": _layers,
