@@ -82,7 +82,9 @@ def test_splits_and_what_lies_beside_them(tmp_path: Path, layout: str) -> None:
     put(tmp_path, f"{layout}annotations/train.csv", f"{layout}__MACOSX/x", data=b"a,b\n")
     put(tmp_path, f"{layout}samples/1.jpg", f"{layout}stray.jpg")
     if not layout:
-        assert "holds several splits: train, val2017" in refused(tmp_path)
+        said = refused(tmp_path)
+        assert "holds several splits: train, val2017" in said
+        assert said.endswith("#train'.")
     assert labels(f"{tmp_path}#train") == {
         f"{layout}train/cat/train.jpg": "cat",
         f"{layout}train/dog/train.jpg": "dog",
@@ -92,6 +94,9 @@ def test_splits_and_what_lies_beside_them(tmp_path: Path, layout: str) -> None:
     assert found.left_out.kinds["images in folders beside the splits"] == (1, f"{layout}samples/1.jpg")
     assert found.left_out.kinds["images beside the splits"] == (1, f"{layout}stray.jpg")
     assert "no split 'test'" in refused(f"{tmp_path}#test")
+    assert "Did you mean 'val2017'?" in refused(f"{tmp_path}#val")
+    assert "Did you mean 'train'?" in refused(f"{tmp_path}#trian")
+    assert "names no split behind its '#'" in refused(f"{tmp_path}#")
 
 
 def test_folders_that_only_end_like_splits_are_splits_together(tmp_path: Path) -> None:
