@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, chain
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,8 @@ class IngestConfig(ReadConfig):
     row_group_images: Annotated[int, Bounds(1, 2**31 - 1)] = 512
     cpus_per_task: Annotated[float, Bounds(above=0, high=10**5)] = 1.0
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
+    # Parts whose fields may be given as fields of this configuration, as the flags do.
+    MERGED: ClassVar = ("decoding",)
 
     def location(self, source: str) -> SourceLocation:
         """Return the location of a source, to be read as configured."""
@@ -228,7 +230,7 @@ def _scale_all(
     ]
     write = _writer(opened, listed, journal, config, ranges)
     total = sum(listed.counts[number] for number in pending)
-    _show_progress(tasks.run(pending, write, config.cpus_per_task, lock), "Scaling values", 0, total)
+    _show_progress(tasks.run(pending, write, config.cpus_per_task, lock), "Scaling the values of", 0, total)
 
 
 def _writer(
@@ -376,7 +378,7 @@ def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, tota
     quiet = not sys.stderr.isatty() or not _log.isEnabledFor(logging.INFO)
     if quiet and done < total:
         # The console shows the seconds that pass until the first line of progress.
-        _log.info("%s %s images ...", doing, f"{total - done:,}")
+        _log.info("%s %s ...", doing, counted(total - done, "image"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task(doing, total=total, completed=done, text="")
         for step in steps:
@@ -387,4 +389,4 @@ def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, tota
             since_s = start_s if done >= total else line_s
             if quiet and now_s - since_s > _LINE_EVERY_S:
                 line_s = now_s
-                _log.info("%s: %s, %.0f s left", doing, text, max(total - done, 0) / max(rate, 1e-9))
+                _log.info("%s %s, %.0f s left", doing, text, max(total - done, 0) / max(rate, 1e-9))

@@ -24,6 +24,7 @@ from raysl.run import METADATA
 from raysl.run.unchanged import check_same
 from raysl.storage import Folder
 from raysl.storage.records import write_record
+from raysl.stream.pixels import DecodeConfig
 from tests.data import make_dataset
 
 NOT_IN_PYTHON = {"demo", "methods", "cache"}
@@ -195,3 +196,16 @@ def test_weights_are_checked_before_a_source_is_read(tmp_path: Path, monkeypatch
             call()
     with pytest.raises(UserError, match="has no folder for results"):
         raysl.probe("random", "shapes:9", "shapes:8")
+
+
+def test_flags_of_decoding_are_arguments_of_ingest(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    (photos := tmp_path / "in").mkdir()
+    frames[0].save(photos / "a.tif", save_all=True, append_images=frames[1:])
+    given: list[Any] = [{}, {"decoding": {"range": [0, 9]}}, {"decoding": DecodeConfig(range=(0, 9))}]
+    for number, fields in enumerate(given):
+        made = raysl.ingest(photos, tmp_path / str(number), frames="all", **fields)
+        assert made.num_images == 2
+        assert made.manifest.decoding["range"] == ([0, 9] if fields else None)
+    with pytest.raises(UserError, match="--background is 'whit'"):
+        raysl.ingest(photos, tmp_path / "no", {"background": "whit"})  # type: ignore[arg-type]
