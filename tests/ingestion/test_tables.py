@@ -195,6 +195,35 @@ def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
     assert labels(tmp_path / name) == {"photos/a.jpg": "dog", "photos/b c.jpg": "cat"}
 
 
+@pytest.mark.parametrize(
+    ("content", "files"),
+    [
+        ("filename,label\n1.jpg,0\nx/2.jpg,1\n", ["images/1.jpg", "images/x/2.jpg"]),
+        ("id,label\n1,0\n2,1\n", ["train/1.jpg", "train/2.jpg", "test/3.jpg"]),
+        ("id_code,label\na1,0\nb2,1\n", ["part_1/a1.png", "part_2/b2.jpg"]),
+        ("image,label\nimages/1,0\n2,1\n", ["images/1.jpg", "images/2.jpg"]),
+    ],
+)
+def test_names_without_a_folder_or_a_suffix(tmp_path: Path, content: str, files: list[str]) -> None:
+    put(tmp_path, *files)
+    put(tmp_path, "list.csv", data=content.encode())
+    assert labels(tmp_path / "list.csv") == dict(zip(files, "01", strict=False))
+    before = open_source(SourceLocation(str(tmp_path / "list.csv"))).source.stamp()
+    put(tmp_path, files[0], data=b"another")
+    assert open_source(SourceLocation(str(tmp_path / "list.csv"))).source.stamp() != before
+
+
+def test_a_name_that_may_be_of_several_files_is_not_guessed(tmp_path: Path) -> None:
+    put(tmp_path, "train/1.jpg", "test/1.jpg", "train/2.jpg")
+    put(tmp_path, "list.csv", data=b"filename,label\n1.jpg,0\n2.jpg,1\n")
+    put(tmp_path, "twice.csv", data=b"filename,label\n1,0\n1.jpg,0\n")
+    assert labels(tmp_path / "list.csv") == {"train/1.jpg": "0", "train/2.jpg": "1"}
+    assert opened(tmp_path / "list.csv")[0].layout == "one table (csv) of names of files, read as train/*"
+    assert labels(tmp_path / "twice.csv") == {"1": "0", "1.jpg": "0"}
+    put(tmp_path, "ids.csv", data=b"id,label\n8,0\n9,1\n")
+    assert "no column of encoded images" in refused(tmp_path / "ids.csv")
+
+
 def not_in_utf8(values: list[str]) -> pa.Array:
     return pa.array([value.encode("latin1") for value in values]).view(pa.string())
 
