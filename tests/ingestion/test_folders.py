@@ -106,6 +106,26 @@ def test_folders_that_only_end_like_splits_are_splits_together(tmp_path: Path) -
     assert set(labels(tmp_path / "b").values()) == {"bullet_train", "bicycle"}
 
 
+@pytest.mark.parametrize(("outer", "split"), [(("holdout", "train"), ""), (("fold_0", "fold_1"), "train/")])
+def test_class_folders_with_the_same_folders_inside_are_told(
+    tmp_path: Path, outer: tuple[str, ...], split: str
+) -> None:
+    ends = ("", "test/") if split else ("",)
+    put(
+        tmp_path,
+        *(f"{at}/{end or split}{name}/1.jpg" for at in outer for end in ends for name in ("cat", "dog")),
+    )
+    found, _ = opened(f"{tmp_path}#train" if split else tmp_path)
+    assert (
+        "Every class folder holds the same folders (cat, dog): if these are the classes, give one"
+        in found.labels
+    )
+    assert found.labels.endswith(f"such as {outer[0]}")
+    assert {*labels(f"{tmp_path / outer[0]}{split and '#train'}").values()} == {"cat", "dog"}
+    put(tmp_path, f"{outer[0]}/{split}bird/1.jpg")
+    assert "same folders" not in opened(f"{tmp_path}#train" if split else tmp_path)[0].labels
+
+
 def test_splits_inside_class_folders(tmp_path: Path) -> None:
     put(tmp_path, "cat/train/1.jpg", "cat/test/2.jpg", "dog/train/3.jpg", "dog/test/4.jpg")
     assert "test, train" in refused(tmp_path)
