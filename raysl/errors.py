@@ -95,7 +95,7 @@ def explained(
     try:
         yield
     except kinds as error:
-        raise UserError(f"{what}: {show(error)}. {remedy}") from error
+        raise UserError(f"{what}: {show(error).rstrip('.')}. {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import Literal
 
+from raysl.errors import counted
 from raysl.ingestion.found import Found, LeftOut, join_names, printable
 from raysl.ingestion.labels import composed
 from raysl.ingestion.listing import IMAGE, NOTES, TABLE, Survey, join
@@ -256,7 +257,8 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> 
     elif labels == "auto":
         if direct and 2 * direct >= inside:
             why = (
-                f"{direct:,} images lie beside the folders in {where} ({printable(survey.examples[base, IMAGE])}), so "
+                f"{counted(direct, 'image')} {'lies' if direct == 1 else 'lie'} beside the folders in {where} "
+                f"({printable(survey.examples[base, IMAGE])}), so "
                 "the folders are not taken for classes; --labels folders takes them and leaves those images out"
             )
         elif len(children) == 1 and _GENERIC.fullmatch(children[0]):

@@ -65,7 +65,7 @@ def places_of(folder: str, names: Iterable[str]) -> tuple[Place, ...]:
     found = [_places(name, by_name) for name in map(tables.normal, chain(first, names))]
     known = {places[0] for places in found if len(places) == 1}
     matched = [len(known.intersection(places)) for places in found]
-    return tuple(sorted(known)) if max(matched) == 1 and 2 * sum(matched) >= len(matched) else ()
+    return tuple(sorted(known)) if max(matched, default=0) == 1 and 2 * sum(matched) >= len(matched) else ()
 
 
 def _places(name: str, by_name: Mapping[str, list[str]]) -> list[Place]:

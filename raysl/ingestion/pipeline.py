@@ -185,7 +185,8 @@ def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
         units = source.units(size)
         first = next(units, None)
         if first is None:
-            others = source.found.left_out
+            if not (others := source.found.left_out).kinds:
+                raise UserError(f"The source {source.name!r} holds no images: it is empty, or has no rows.")
             raise UserError(f"The source {source.name!r} holds no images. It holds {others}. {recognised()}")
         journal.start(header)
         journal.dest.delete(SHARDS)
@@ -361,10 +362,10 @@ def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal)
     for entry in (BAD_IMAGES, SHARDS, objects.FOLDER):
         dest.delete(entry)
     journal.delete()
-    return UserError(
-        f"None of the {what} of {printable(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
-        "Nothing was written."
-    )
+    none = f"None of the {what} of {printable(name)!r} can be decoded. The first"
+    if what.startswith("1 "):
+        none = f"The only {what[2:]} of {printable(name)!r} cannot be decoded"
+    return UserError(f"{none}: {'; '.join(reasons)}. Nothing was written.")
 
 
 def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -> None:

@@ -196,6 +196,10 @@ def _read_table(data: bytes, name: str) -> pa.Table:
             raise pa.ArrowInvalid(f"it is not in UTF-8 ({error}): save the table in UTF-8") from error
         if _NULL.search(data):
             raise pa.ArrowInvalid("a line is null, and each must be an object")
+        if data.lstrip()[:1] == b"[":
+            raise pa.ArrowInvalid(
+                "it is one JSON list: write each object of it on a line of its own, without the list"
+            )
         return pajson.read_json(io.BytesIO(data))
     table = _read_csv(data, name)
     if strange := [field.name for field in table.schema if pa.types.is_binary(field.type)]:

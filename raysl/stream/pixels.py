@@ -157,7 +157,9 @@ def _as_decode_error(error: Exception) -> DecodeError:
     if isinstance(error, DecodeError):
         return error
     if isinstance(error, Image.DecompressionBombError):
-        return DecodeError(f"more pixels than the {MAX_PIXELS:,} that are allowed: shrink it or cut it up")
+        return DecodeError(
+            f"has more pixels than the {MAX_PIXELS:,} that are allowed: shrink it or cut it up"
+        )
     kind = "" if isinstance(error, OSError | SyntaxError) else f"{type(error).__name__}: "
     # Pillow says of WebP only that it "could not create decoder object".
     what = "its WebP data are cut off or wrong" if "decoder object" in str(error) else str(error)

@@ -62,7 +62,7 @@ def test_stray_files_beside_class_folders_are_left_out_and_counted_by_kind(tmp_p
     ("names", "why"),
     [
         (["a.jpg", "b.jpg"], "all images lie in one folder, as a.jpg"),
-        (["a.jpg", "x/b.jpg"], "1 images lie beside the folders"),
+        (["a.jpg", "x/b.jpg"], "1 image lies beside the folders"),
         (["images/a.jpg", "images/b.jpg"], "the only folder is called 'images'"),
         (["JPEGImages/a.jpg", "SegmentationClass/a.png"], "the only folder is called 'JPEGImages'"),
     ],

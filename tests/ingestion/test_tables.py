@@ -257,6 +257,10 @@ def test_a_line_of_json_that_is_no_object_is_refused(tmp_path: Path, first: str)
     put(tmp_path, "a.jpg")
     put(tmp_path, "list.jsonl", data=f'{first}\n{{"image": "a.jpg"}}\n'.encode())
     assert "Cannot read the table" in refused(tmp_path / "list.jsonl")
+    put(tmp_path, "list.jsonl", data=b' [{"image": "a.jpg"}]')
+    assert "it is one JSON list: write each object of it on a line of its own" in refused(
+        tmp_path / "list.jsonl"
+    )
 
 
 def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
@@ -413,7 +417,7 @@ def test_folders_of_rows_without_a_label(tmp_path: Path, value: str) -> None:
         pq.write_table(pa.table({"image": [jpeg()]}), tmp_path / f"label={name}" / "part-0.parquet")
     found, rows = opened(tmp_path)
     assert (found.classes, [row.label for row in rows]) == ({}, [None, None])
-    assert "part-0.parquet has an image without one, and 1 images have one" in found.labels
+    assert "part-0.parquet has an image without one, and 1 image has one" in found.labels
 
 
 def test_two_classes_of_one_name_stay_two(tmp_path: Path) -> None:

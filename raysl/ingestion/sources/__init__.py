@@ -310,11 +310,15 @@ def read_split(location: SourceLocation, files: list[File], kind: str) -> tuple[
 
 def choose_split(location: SourceLocation, splits: list[str]) -> str:
     """Return the split to take of those that the source holds. Raises UserError if that is not decided."""
-    known = ", ".join(splits) or "none"
+    known = ", ".join(splits)
     if location.split and location.split not in splits:
         same = [split for split in splits if split.lower() == location.split.lower()]
         if len(same) == 1:
             return same[0]
+        if not splits:
+            raise UserError(
+                f"The source {location.uri!r} has no splits, and {location.split!r} is named. Leave it out."
+            )
         near = did_you_mean(location.split, splits)
         raise UserError(
             f"The source {location.uri!r} has no split {location.split!r}. {near}Its splits: {known}."
