@@ -112,6 +112,14 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
         (lambda: raysl.views("d", "picture.doc"), "ends in .png"),
         (lambda: raysl.views("d", images="2"), "a whole number of at least 1"),  # type: ignore[arg-type]
         (lambda: raysl.probe("random", "a", "b", ("knn",), linear={}), "'linear' is neither"),
+        *(
+            (
+                partial(raysl.probe, "random", "shapes:9", "shapes:9#test", **empty),
+                f"--{name} is empty. Name at least one",
+            )
+            for name in ("probes", "layers", "encoders")
+            for empty in [dict[str, Any]({"probes": "knn", name: []})]
+        ),
         (
             lambda: raysl.probe("/nowhere/run", "shapes:9", "shapes:9#test", "knn"),
             "There is no checkpoint at",
