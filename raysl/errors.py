@@ -51,6 +51,13 @@ def quoted(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 
+def path_text(path: object) -> str:
+    """Return a path or a URI as text. Raises UserError for a value of another type."""
+    if isinstance(path, str | os.PathLike) and isinstance(text := os.fspath(path), str):
+        return text
+    raise UserError(f"{quoted(path)} is given where a path or a URI is expected.")
+
+
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, as "1 image" or "2 classes"."""
     plural = "" if count == 1 else "es" if noun.endswith("s") else "s"

@@ -278,7 +278,8 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
     dotted = f"{prefix}." if prefix else ""
     for key, item in value.items():
         if key not in known:
-            raise unknown("configuration key", f"{dotted}{key}", known)
+            merged = (f.name for part in getattr(kind, "MERGED", ()) for f in dataclasses.fields(hints[part]))
+            raise unknown("configuration key", f"{dotted}{key}", [*known, *merged])
         hint = hints[key]
         if dataclasses.is_dataclass(hint) and isinstance(item, Mapping):
             item = from_dict(typing.cast(type, hint), item, f"{dotted}{key}")

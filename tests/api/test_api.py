@@ -27,6 +27,7 @@ from raysl.storage.records import write_record
 from raysl.stream.pixels import DecodeConfig
 from tests.data import make_dataset
 
+NO_PATH: Any = 3
 NOT_IN_PYTHON = {"demo", "methods", "cache"}
 # Images that `raysl.ingest` takes and no other verb.
 IN_MEMORY: tuple[Any, ...] = (
@@ -108,6 +109,20 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
             r"`data` is expected\. Give it as base=",
         ),
         (lambda: raysl.export("/nowhere", format="onnx"), "No run at '/nowhere'"),
+        (lambda: raysl.ingest("shapes:9", "d", frame="all"), "Did you mean 'frames'"),
+        (lambda: raysl.sweep("d", out="o", vary=3), "vary is 3; give names of fields"),  # type: ignore[arg-type]
+        *(
+            (call, "is given where")
+            for call in (
+                partial(raysl.ingest, "shapes:9", NO_PATH),
+                partial(raysl.views, "shapes:9", NO_PATH),
+                partial(raysl.cluster, "nowhere", k=3, out=NO_PATH),
+                partial(raysl.probe, "random", "shapes:9", "shapes:9#test", "knn", out=NO_PATH),
+                partial(raysl.load, NO_PATH),
+                partial(raysl.DataSet.open, NO_PATH),
+                partial(raysl.Run.open, NO_PATH),
+            )
+        ),
         (lambda: raysl.report([]), "No folder"),
         (lambda: raysl.views("d", "picture.doc"), "ends in .png"),
         (lambda: raysl.views("d", images="2"), "a whole number of at least 1"),  # type: ignore[arg-type]
