@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import pyarrow as pa
@@ -32,12 +32,13 @@ def _is_encoded(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def is_video(table: tables.Table, column: str, is_file_name: bool) -> bool:
+def is_video(table: tables.Table, column: str, is_file_name: bool, places: Sequence[Place]) -> bool:
     """Return True if a column holds videos: by the names of files, its feature of Hugging Face, or its name."""
     if not is_file_name:
         feature = labels.feature_in(table.schema, column).get("_type")
         return column.lower() in _VIDEO_NAMES or feature == "Video"
-    return kind_of(next(_names(table, column), "")) == VIDEO
+    first = next(_names(table, column), "")
+    return VIDEO in {kind_of(first + behind) for _, behind in (*places, ("", ""))}
 
 
 def find(table: tables.Table, folder: str, path: str, wanted: str) -> tuple[str, bool, tuple[Place, ...]]:

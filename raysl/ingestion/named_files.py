@@ -16,7 +16,7 @@ import pyarrow as pa
 from raysl.errors import UserError
 from raysl.ingestion import tables
 from raysl.ingestion.found import printable
-from raysl.ingestion.listing import IMAGE, File, files_below, kind_of, read_bytes
+from raysl.ingestion.listing import IMAGE, VIDEO, File, files_below, kind_of, read_bytes
 from raysl.ingestion.sources import Row
 
 # What stands before and behind a name in a table, in the name of its file: ("train/", ".jpg").
@@ -56,12 +56,10 @@ def places_of(folder: str, names: Iterable[str]) -> tuple[Place, ...]:
     by_name: dict[str, list[str]] = {}
     with suppress(UserError):  # Something here leads out of the folder.
         for file in files_below(folder, _DEPTH):
-            if kind_of(file.path) == IMAGE:
+            if kind_of(file.path) in (IMAGE, VIDEO):
                 whole = file.path.rpartition("/")[2]
                 for short in (whole, os.path.splitext(whole)[0]):
                     by_name.setdefault(short, []).append(file.path)
-    if not by_name:
-        return ()
     found = [_places(name, by_name) for name in map(tables.normal, chain(first, names))]
     known = {places[0] for places in found if len(places) == 1}
     matched = [len(known.intersection(places)) for places in found]

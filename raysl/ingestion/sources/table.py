@@ -118,7 +118,7 @@ class Source:
             image, is_file_name, places = image_columns.find(
                 table, folder_of(self._location.uri, file.path), where, config.image_column
             )
-            is_video = image_columns.is_video(table, image, is_file_name)
+            is_video = image_columns.is_video(table, image, is_file_name, places)
         parts = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
         label = ""
         if config.labels != "none":
