@@ -16,8 +16,6 @@ from raysl.ingestion.named_files import Place, names_in, places_of
 # Columns that are taken for the image before the schema is searched for another.
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
 _VIDEO_NAMES = ("video", "mp4", "clip", "movie")
-# Columns that may name files without their suffixes, as the tables of competitions do.
-_ID_NAMES = ("id", "image_id", "img_id", "photo_id", "id_code", "uuid")
 _LONGEST_TYPE = 40
 
 
@@ -80,7 +78,7 @@ def _column(table: tables.Table, folder: str, path: str, wanted: str) -> tuple[s
     if (files := tables.file_column(texts)) and not in_bytes:
         return files, True
     for name in (*texts, *numbers):
-        may_be = name.lower() in _ID_NAMES or tables.file_column([name])
+        may_be = name.lower() in tables.ID_NAMES or tables.file_column([name])
         if may_be and not in_bytes and places_of(folder, _names(table, name)):
             return name, True
     header = ""

@@ -116,11 +116,17 @@ def read_named(
         why = "is on the web: download the images first, for example with img2dataset"
         return Row(None, label, printable(name), why)
     folder = folder_of(spec["root"], spec["path"])
-    name = _placed(folder, tables.normal(name), places)
+    name = _placed(folder, tables.normal(name).removeprefix(f"{folder.rstrip('/')}/"), places)
     outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
     links = not (outside or spec["follow_links"] or "://" in folder)
     if (outside and not spec["follow_links"]) or (links and tables.leads_out(folder, name)):
         why = "lies outside of the table's folder: --follow-links reads it"
+        if (
+            "://" not in f"{folder}{name}"
+            and "\0" not in name
+            and not os.path.lexists(posixpath.join(folder, name))
+        ):
+            why = "does not exist"
         return Row(None, label, printable(name), why)
     try:
         return Row(_read("" if name.startswith("/") else folder, name), label, printable(name))

@@ -553,3 +553,11 @@ def test_a_column_of_which_nothing_is_read_is_refused(tmp_path: Path, config: Re
         UserError, match="-column 'kind' names a column of a table, and no such column is read"
     ):
         open_source(SourceLocation(str(tmp_path), config=config))
+
+
+def test_a_table_of_labels_that_names_no_file_here_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "images/1.jpg")
+    put(tmp_path, "metadata.csv", data=b"file_name,label\n1.jpg,cat\n")
+    found, _ = opened(tmp_path)
+    assert "It names 1.jpg, which is not there" in found.labels
+    assert labels(tmp_path / "metadata.csv") == {"images/1.jpg": "cat"}

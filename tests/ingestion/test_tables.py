@@ -200,6 +200,7 @@ def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
     [
         ("filename,label\n1.jpg,0\nx/2.jpg,1\n", ["images/1.jpg", "images/x/2.jpg"]),
         ("id,label\n1,0\n2,1\n", ["train/1.jpg", "train/2.jpg", "test/3.jpg"]),
+        ("id,label\n007,0\n010,1\n", ["train/007.jpg", "train/010.jpg"]),
         ("id_code,label\na1,0\nb2,1\n", ["part_1/a1.png", "part_2/b2.jpg"]),
         ("image,label\nimages/1,0\n2,1\n", ["images/1.jpg", "images/2.jpg"]),
     ],
@@ -265,14 +266,16 @@ def test_a_line_of_json_that_is_no_object_is_refused(tmp_path: Path, first: str)
 
 def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     put(tmp_path, "secret.jpg", "other.jpg", "in/a.jpg")
-    text = f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/other.jpg,1\ngone.jpg,0\n"
+    text = f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/other.jpg,1\ngone.jpg,0\n/nowhere/a.jpg,0\n"
     put(tmp_path, "in/list.csv", data=text.encode())
     _, rows = opened(tmp_path / "in" / "list.csv")
-    assert [bool(row.image) for row in rows] == [True, False, False, False]
-    assert "--follow-links" in rows[1].reason
-    assert rows[3].reason == "does not exist"
+    assert [bool(row.image) for row in rows] == [True, False, False, False, False]
+    assert all("--follow-links" in row.reason for row in rows[1:3])
+    assert {row.reason for row in rows[3:]} == {"does not exist"}
+    put(tmp_path, "in/own.csv", data=f"path,label\n{tmp_path}/in/a.jpg,0\n".encode())
+    assert labels(tmp_path / "in" / "own.csv") == {"a.jpg": "0"}
     _, rows = opened(tmp_path / "in" / "list.csv", follow_links=True)
-    assert [bool(row.image) for row in rows] == [True, True, True, False]
+    assert [bool(row.image) for row in rows] == [True, True, True, False, False]
 
 
 def test_links_that_lead_out_of_the_folder_of_a_table(tmp_path: Path) -> None:
