@@ -51,7 +51,7 @@ def find(table: tables.Table, folder: str, path: str, wanted: str) -> tuple[str,
         UserError: the column is not there, or holds no images.
     """
     column, is_file_name = _column(table, folder, path, wanted)
-    return column, is_file_name, places_of(folder, _names(table, column)) if is_file_name else ()
+    return column, is_file_name, places_of(folder, _names(table, column), path) if is_file_name else ()
 
 
 def _names(table: tables.Table, column: str) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _column(table: tables.Table, folder: str, path: str, wanted: str) -> tuple[s
         return files, True
     for name in (*texts, *numbers):
         may_be = name.lower() in tables.ID_NAMES or tables.file_column([name])
-        if may_be and not in_bytes and places_of(folder, _names(table, name)):
+        if may_be and not in_bytes and places_of(folder, _names(table, name), path):
             return name, True
     header = ""
     if any(kind_of(name) == IMAGE for name in schema.names):

@@ -41,12 +41,12 @@ def names_in(values: pa.Array) -> list[str]:
     return [*filter(None, values.cast(pa.string()).to_pylist())]
 
 
-def places_of(folder: str, names: Iterable[str]) -> tuple[Place, ...]:
+def places_of(folder: str, names: Iterable[str], table: str = "") -> tuple[Place, ...]:
     """Return what stands before and behind the names in a table, where they leave out a folder or a suffix.
 
     The tables of competitions name `train/7.jpg` "7.jpg" or "7". Returns nothing if one of the first names is that of
     a file, if less than half of the names have files below the folder, if a name may be that of several files, or in
-    an object store.
+    an object store. Of several, train.csv names those in `train/`.
     """
     first = list(islice(iter(names := iter(names)), _TRIED))
     if "://" in folder or any(
@@ -62,6 +62,9 @@ def places_of(folder: str, names: Iterable[str]) -> tuple[Place, ...]:
                     by_name.setdefault(short, []).append(file.path)
     found = [_places(name, by_name) for name in map(tables.normal, chain(first, names))]
     known = {places[0] for places in found if len(places) == 1}
+    if not known:
+        stem = os.path.splitext(table.rpartition("/")[2])[0]
+        known = {place for places in found for place in places if place[0].startswith(f"{stem}/")}
     matched = [len(known.intersection(places)) for places in found]
     return tuple(sorted(known)) if max(matched, default=0) == 1 and 2 * sum(matched) >= len(matched) else ()
 

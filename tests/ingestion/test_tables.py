@@ -221,6 +221,9 @@ def test_a_name_that_may_be_of_several_files_is_not_guessed(tmp_path: Path) -> N
     assert labels(tmp_path / "list.csv") == {"train/1.jpg": "0", "train/2.jpg": "1"}
     assert opened(tmp_path / "list.csv")[0].layout == "one table (csv) of names of files, read as train/*"
     assert labels(tmp_path / "twice.csv") == {"1": "0", "1.jpg": "0"}
+    put(tmp_path, "test/2.jpg")
+    put(tmp_path, "train.csv", data=b"filename,label\n1.jpg,0\n2.jpg,1\n")
+    assert labels(tmp_path / "train.csv") == {"train/1.jpg": "0", "train/2.jpg": "1"}
     put(tmp_path, "ids.csv", data=b"id,label\n8,0\n9,1\n")
     assert "no column of encoded images" in refused(tmp_path / "ids.csv")
 
