@@ -51,6 +51,13 @@ def quoted(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 
+def path_text(path: object) -> str:
+    """Return a path or a URI as text. Raises UserError for a value of another type."""
+    if isinstance(path, str | os.PathLike) and isinstance(text := os.fspath(path), str):
+        return text
+    raise UserError(f"{quoted(path)} is given where a path or a URI is expected.")
+
+
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, as "1 image" or "2 classes"."""
     plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
@@ -67,6 +74,16 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = 
         listed: names to print in place of `known`, if these are many.
     """
     names = sorted(known)
+    shown = sorted(listed) or names
+    if len(shown) > _MOST_LISTED:
+        nearest = difflib.get_close_matches(name.lower(), shown, n=_NEAREST, cutoff=0)
+        shown = [*sorted(nearest), f"and {len(shown) - len(nearest):,} others"]
+    return UserError(f"Unknown {kind} {quoted(name)}. {did_you_mean(name, names)}Known: {', '.join(shown)}.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the nearest of the known names, and a space; "" if none is near."""
+    names = sorted(known)
     # Users often give only the last part of a dotted name.
     by_lower = {known_name.rpartition(".")[2].lower(): known_name for known_name in names}
     by_lower |= {known_name.lower(): known_name for known_name in names}
@@ -74,12 +91,7 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = 
     words = [word for word in dict.fromkeys((given, last)) if len(word) > 2]
     begun = [sorted((lower for lower in by_lower if lower.startswith(word)), key=len)[:1] for word in words]
     near = next(filter(None, begun), []) or difflib.get_close_matches(given, by_lower, n=1, cutoff=0.5)
-    hint = f"Did you mean {by_lower[near[0]]!r}? " if near else ""
-    shown = sorted(listed) or names
-    if len(shown) > _MOST_LISTED:
-        nearest = difflib.get_close_matches(given, shown, n=_NEAREST, cutoff=0)
-        shown = [*sorted(nearest), f"and {len(shown) - len(nearest):,} others"]
-    return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(shown)}.")
+    return f"Did you mean {by_lower[near[0]]!r}? " if near else ""
 
 
 @contextlib.contextmanager
@@ -90,7 +102,7 @@ def explained(
     try:
         yield
     except kinds as error:
-        raise UserError(f"{what}: {show(error)}. {remedy}") from error
+        raise UserError(f"{what}: {show(error).rstrip('.')}. {remedy}") from error
 
 
 @contextlib.contextmanager

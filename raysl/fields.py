@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -268,7 +268,12 @@ def described(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
-    words |= {types.NoneType: "none", tuple: "a list of values"}
+    words |= {
+        types.NoneType: "none",
+        tuple: "a list of values",
+        Sequence: "a list of values",
+        Mapping: "a mapping",
+    }
     if dataclasses.is_dataclass(hint):
         kind = getattr(hint, "__name__", str(hint))
         article = "an" if kind[0] in "AEIOU" else "a"

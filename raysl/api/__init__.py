@@ -65,10 +65,10 @@ def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fi
     settings = configure(pipeline.IngestConfig, config, fields)
     if isinstance(source, str | os.PathLike):
         source = open_source(settings.location(os.fspath(source)))
-        if labels is None and (done := pipeline.complete(source, os.fspath(dest), settings)) is not None:
+        if labels is None and (done := pipeline.complete(source, uri(dest), settings)) is not None:
             return done
-    check_writable(os.fspath(dest))
-    return pipeline.ingest(source, os.fspath(dest), settings, labels=labels)
+    check_writable(uri(dest))
+    return pipeline.ingest(source, uri(dest), settings, labels=labels)
 
 
 @console.prints_start_line
@@ -157,7 +157,7 @@ def probe(
     source = encoder_by_name(name := uri(checkpoint), network, seed)
     title = f"{title_of(name)} ({getattr(source, 'config', network).name})"
     choices = probes, layers, encoders, configs, bn_statistics
-    config = options.ProbeConfig(*choices, os.fspath(out), image_size=image_size, seed=seed)
+    config = options.ProbeConfig(*choices, uri(out), image_size=image_size, seed=seed)
     evaluate.check_before_data(source, title, config)
     data_sets = dataset(train), dataset(test)
     evaluate.check_data(config.ready(), *data_sets)
@@ -226,7 +226,7 @@ def cluster(
     from raysl.clustering import lloyd
 
     settings = configure(options.KMeansConfig, config, {**given(k=k), **fields})
-    done = lloyd.fit(uri(features), settings, os.fspath(out))
+    done = lloyd.fit(uri(features), settings, uri(out))
     for more in map(uri, assign):
         # Named after the whole path, because many folders of features are called "features".
         name = re.sub(r"\W+", "-", more).strip("-")
@@ -355,7 +355,7 @@ def views(
         images: how many images, at least 1.
         config, fields: the configuration; see `Pretraining`.
     """
-    if not os.fspath(out).lower().endswith(".png"):
+    if not uri(out).lower().endswith(".png"):
         raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
     if not hasattr(images, "__index__") or images < 1:
         raise UserError(f"images is {images!r}; it must be a whole number of at least 1.")
@@ -365,8 +365,8 @@ def views(
     from raysl.reporting import pictures
 
     grid = pictures.views_grid(opened, pictures.views_of(settings, opened), settings.seed, images)
-    pictures.save(grid, os.fspath(out))
-    return os.fspath(out)
+    pictures.save(grid, uri(out))
+    return uri(out)
 
 
 @console.prints_start_line

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from raysl import ray_cluster
 from raysl.api.results_folder import check_results
 from raysl.errors import UserError
+from raysl.fields import hints
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -280,6 +281,7 @@ def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
     from raysl.config import from_dict
 
     config, fields = (None, {**config, **fields}) if isinstance(config, Mapping) else (config, fields)
+    fields = _nested(kind, fields)
     places = {k: uri(v) for k, v in fields.items() if isinstance(v, os.PathLike) or hasattr(v, "folder")}
     fields = {**fields, **places}
     if config is not None and not isinstance(config, kind):
@@ -294,6 +296,18 @@ def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
             value = {**dataclasses.asdict(whole[name]), **value}
         whole[name] = value
     return from_dict(kind, whole, "")  # type: ignore[no-any-return]
+
+
+def _nested(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of a configuration, in which those of its merged parts, see `IngestConfig`, are in these parts."""
+    values = dict(fields)
+    for part in getattr(kind, "MERGED", ()):
+        names = {field.name for field in dataclasses.fields(hints(kind)[part])} & values.keys()
+        own, given = {name: values.pop(name) for name in names}, values.get(part, {})
+        if own:
+            whole = getattr(given, "__dict__", given)
+            values[part] = {**whole, **own} if isinstance(whole, Mapping) else given
+    return values
 
 
 def _wrong_type(config: Any, kind: type[Any]) -> UserError:

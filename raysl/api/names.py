@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysl import plugins
 from raysl.api.arguments import ONE_SOURCE, configure, uri
-from raysl.errors import UserError
+from raysl.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from raysl.api.arguments import PathLike
@@ -103,6 +103,10 @@ def varied(vary: str | Sequence[str] | Mapping[str, Any] | None) -> tuple[str, .
     if isinstance(vary, str):
         return (vary,)
     if not isinstance(vary, Mapping):
+        if not isinstance(vary, Iterable | None):
+            raise UserError(
+                f"vary is {quoted(vary)}; give names of fields, or a mapping of names and values."
+            )
         return None if vary is None else tuple(vary)
     return tuple(
         name if values is None else f"{name}={_values(name, values)}" for name, values in vary.items()

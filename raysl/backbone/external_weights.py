@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl.backbone.network import Backbone
-from raysl.errors import UserError, package
+from raysl.errors import UserError, counted, package
 from raysl.storage import Folder, StorageError
 from raysl.storage.causes import web_answer
 
@@ -240,8 +240,8 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
         if re.search(r"-\d{5}-of-\d{5}\.(safetensors|bin)(\?|$)", file):
             advice = f"It is one of several parts: write all of them into one file. {advice}"
         raise UserError(
-            f"The weights file {file!r} lacks {len(missing)} weights of the backbone {name!r}: {_some(missing)}. "
-            f"The names in it begin with {_some(_beginnings(state))}. {advice}"
+            f"The weights file {file!r} lacks {counted(len(missing), 'weight')} of the backbone {name!r}: "
+            f"{_some(missing)}. The names in it begin with {_some(_beginnings(state))}. {advice}"
         )
     if extra := _left_over(body, own):
         raise UserError(
@@ -249,11 +249,11 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
             f"was made for another network. {advice}"
         )
     if wrong := [key for key in wanted if own[key].shape != expected[key].shape]:
-        first = wrong[0]
+        first, count = wrong[0], counted(len(wrong), "weight")
         raise UserError(
-            f"The weights in {file!r} do not fit the backbone {name!r}: {len(wrong)} have another shape, the first "
-            f"being {first!r}, {tuple(own[first].shape)} in the file and {tuple(expected[first].shape)} in the "
-            f"backbone. {advice}"
+            f"The weights in {file!r} do not fit the backbone {name!r}: another shape in {count}, the first being "
+            f"{first!r}, {tuple(own[first].shape)} in the file and {tuple(expected[first].shape)} in the backbone. "
+            f"{advice}"
         )
     if odd := [key for key in wanted if _is_odd(own[key], expected[key])]:
         raise UserError(
@@ -263,8 +263,8 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
     # A double may be finite and too large for a float.
     if bad := [key for key in wanted if not torch.isfinite(own[key].to(expected[key].dtype)).all()]:
         raise UserError(
-            f"The weights file {file!r} holds NaN or infinite numbers in {len(bad)} weights: {_some(bad)}. The "
-            "training that wrote it diverged. Give an earlier checkpoint."
+            f"The weights file {file!r} holds NaN or infinite numbers in {counted(len(bad), 'weight')}: "
+            f"{_some(bad)}. The training that wrote it diverged. Give an earlier checkpoint."
         )
     body.load_state_dict({key: own[key] for key in wanted}, strict=False)
 

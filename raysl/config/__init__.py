@@ -17,7 +17,7 @@ from raysl.config import methods
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError, explained, quoted, unknown
-from raysl.fields import Bounds, Checked, Range, Seed, check
+from raysl.fields import Bounds, Checked, Range, Seed, check, described
 from raysl.optim import OptimConfig
 from raysl.stream.plan import Plan
 from raysl.stream.reader import StreamConfig
@@ -117,6 +117,8 @@ class Pretraining(Checked):
         for name, part in parts.items():
             if isinstance(part, Mapping):
                 parts[name] = from_dict(config_types[name], part, name)
+            elif not isinstance(part, config_types[name]):
+                raise UserError(f"{name!r} is {quoted(part)}; it must be {described(config_types[name])}.")
             check(parts[name], f"{name}.")
         object.__setattr__(self, "parts", parts)
         self.worker_counts()
@@ -276,7 +278,8 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
     dotted = f"{prefix}." if prefix else ""
     for key, item in value.items():
         if key not in known:
-            raise unknown("configuration key", f"{dotted}{key}", known)
+            merged = (f.name for part in getattr(kind, "MERGED", ()) for f in dataclasses.fields(hints[part]))
+            raise unknown("configuration key", f"{dotted}{key}", [*known, *merged])
         hint = hints[key]
         if dataclasses.is_dataclass(hint) and isinstance(item, Mapping):
             item = from_dict(typing.cast(type, hint), item, f"{dotted}{key}")

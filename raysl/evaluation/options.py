@@ -55,6 +55,9 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for name, example in (("probes", "knn linear"), ("layers", "pooled"), ("encoders", "trained")):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is empty. Name at least one, as in --{name} {example}.")
         for name in self.probes:
             probes.load(name)
         for name in self.encoders:

@@ -18,7 +18,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import STATE
 from raysl.config import from_dict
 from raysl.dataset import DataSet
-from raysl.errors import UserError, explained, unknown
+from raysl.errors import UserError, explained, path_text, unknown
 from raysl.extraction import encoders, exports
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder, NetworkEncoder, Trained, view_size
@@ -172,7 +172,7 @@ def load(
         encoder: Encoder = Trained(source, source.newest())
         name = str(source.folder)
     else:
-        encoder, name, stated_size = _named_encoder(os.fspath(source).rstrip("/"), backbone, seed)
+        encoder, name, stated_size = _named_encoder(path_text(source).rstrip("/"), backbone, seed)
         image_size = image_size or stated_size
     image_size = image_size or view_size(encoder)
     if bn_images:

@@ -73,7 +73,11 @@ class Found:
         """Return the table that ingest prints before it copies anything."""
         lines = [("source", name), *([("layout", self.layout)] if self.layout else [])]
         if self.split_column and self.splits and not self.split:
-            one = f"; {name}#{self.splits[-1]} reads one of: {join_names(self.splits)}" if self.layout else ""
+            one = (
+                f"; {name}#{example_of(self.splits)} reads one of: {join_names(self.splits)}"
+                if self.layout
+                else ""
+            )
             lines.append(("split", f"none: all values of the column {self.split_column!r} together{one}"))
         elif self.splits:
             others = ", ".join(split for split in self.splits if split != self.split)
@@ -82,6 +86,11 @@ class Found:
         left_out = [f"{of_kind(kind, count)}, as {first}" for kind, count, first in self.left_out.sorted()]
         lines += [("" if i else "left out", text) for i, text in enumerate(left_out)]
         return "\n".join(f"  {key:<9} {text}" for key, text in lines)
+
+
+def example_of(splits: Sequence[str]) -> str:
+    """Return the split that a message names as an example: one to train on, or else the last."""
+    return next((split for split in splits if split.lower().startswith("train")), splits[-1])
 
 
 def of_kind(kind: str, count: int) -> str:

@@ -129,9 +129,15 @@ def _sentence(kind: str, treated: Treated, config: DecodeConfig) -> str:
             f"{images} of 9 to 16 bits: the full range of the type becomes 0 to 255; the largest value found is "
             f"{treated.high:g} (--range LOW HIGH for another range).{dull}"
         )
+    if treated.low >= treated.high:
+        what = f"all are {treated.low:g}" if treated.low == treated.high else "none is finite"
+        return (
+            f"{images} of {kind} values: {what}, and become 0, black (--range LOW HIGH sets a range).{dull}"
+        )
+    missing = "; NaN becomes 0" if kind == "float" else ""
     return (
-        f"{images} of {kind} values: {treated.low:g} to {treated.high:g}, the range of all of them, become 0 to 255; "
-        f"NaN becomes 0 (--range LOW HIGH for another range).{dull}"
+        f"{images} of {kind} values: {treated.low:g} to {treated.high:g}, the range of all of them, become 0 to 255"
+        f"{missing} (--range LOW HIGH for another range).{dull}"
     )
 
 

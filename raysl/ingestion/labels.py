@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.ingestion.found import Found, join_names, printable
 from raysl.ingestion.pixel_files import is_pixels
 
@@ -223,7 +223,8 @@ class Classes:
         if not self.counts:
             return "no row has one (all are null, empty or -1)"
         if self.unlabelled:
-            return f"{self.unlabelled} has an image without one, and {self.counts.total():,} images have one"
+            have = f"{counted(total := self.counts.total(), 'image')} {'has' if total == 1 else 'have'} one"
+            return f"{self.unlabelled} has an image without one, and {have}"
         many = len(self.counts)
         if many > _MOST_CLASSES or (many > _FEW_IMAGES and 2 * many > self.counts.total()):
             return f"it has {many:,} values in {self.counts.total():,} rows, which are names of images and not classes"

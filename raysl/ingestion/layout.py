@@ -15,7 +15,8 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import Literal
 
-from raysl.ingestion.found import Found, LeftOut, printable
+from raysl.errors import counted
+from raysl.ingestion.found import Found, LeftOut, join_names, printable
 from raysl.ingestion.labels import composed
 from raysl.ingestion.listing import IMAGE, NOTES, TABLE, Survey, join
 
@@ -256,7 +257,8 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> 
     elif labels == "auto":
         if direct and 2 * direct >= inside:
             why = (
-                f"{direct:,} images lie beside the folders in {where} ({printable(survey.examples[base, IMAGE])}), so "
+                f"{counted(direct, 'image')} {'lies' if direct == 1 else 'lie'} beside the folders in {where} "
+                f"({printable(survey.examples[base, IMAGE])}), so "
                 "the folders are not taken for classes; --labels folders takes them and leaves those images out"
             )
         elif len(children) == 1 and _GENERIC.fullmatch(children[0]):
@@ -295,6 +297,18 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> 
             f"the first folder of each image, as {example}; the folders inside class folders ({inside_classes:,}) give "
             "no labels"
         )
+    found.labels += _same_inside(survey, layout, classes, join(base, children[0]))
+
+
+def _same_inside(survey: Survey, layout: Layout, classes: list[str], first: str) -> str:
+    """Return a sentence for class folders that all hold the same folders, as folds or splits of other names do."""
+    inside = [[name for name in survey.children(at) if not layout.excludes(join(at, name))] for at in classes]
+    if len(classes) < 2 or len(inside[0]) < 2 or any(names != inside[0] for names in inside):
+        return ""
+    return (
+        f". Every class folder holds the same folders ({join_names(inside[0], 6)}): if these are the classes, give one "
+        f"of the outer folders as the source, such as {printable(first)}"
+    )
 
 
 def _first_read(survey: Survey, layout: Layout, folder: str) -> str:

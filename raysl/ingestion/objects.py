@@ -52,8 +52,8 @@ class ObjectRows:
             source: a uint8 array (n, h, w) or (n, h, w, 3), or a uint8 tensor (n, h, w) or (n, 3, h, w), also as
                 (images, labels); a sequence with a length, such as a list or a data set of torch, of which each item is
                 an image (of PIL, a uint8 array or tensor, or the bytes of a file) or the path of one, or a tuple of one
-                of these and a label; or a `pandas.DataFrame`, a `datasets.Dataset` or a `ray.data.Dataset` with a
-                column of encoded images or of paths, in the last also of pixels (uint8).
+                of these and a label; or a `pandas.DataFrame`, a `pyarrow.Table`, a `datasets.Dataset` or a
+                `ray.data.Dataset` with a column of encoded images or of paths, in the last also of pixels (uint8).
             given: a label for each image of an array or a sequence; None if the object itself tells them, or has none.
             config: how the rows are read.
 
@@ -147,6 +147,8 @@ def _of_table(source: Any, kind: str, config: ReadConfig) -> ObjectRows | None:
     if hasattr(source, "iloc") and hasattr(source, "columns"):
         name = f"{kind} of {counted(len(source), 'row')}"
         return ObjectRows(name, _of_frame(source, name, config))
+    if hasattr(source, "to_pandas") and hasattr(source, "columns"):  # Such as a table of pyarrow.
+        return _of_table(source.to_pandas(), kind, config)
     return None
 
 
@@ -167,7 +169,8 @@ def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Object
     if not is_sequence or isinstance(source, str | bytes | Image.Image):
         raise UserError(
             f"The source is of the type {kind}. Give a path, an array (n, h, w, 3), a list or a data set of torch with "
-            "images, files or pairs of one and its label, a pandas.DataFrame, a datasets.Dataset or a ray.data.Dataset."
+            "images, files or pairs of one and its label, a pandas.DataFrame, a pyarrow.Table, a "
+            "datasets.Dataset or a ray.data.Dataset."
         )
     count, is_list = len(source), isinstance(source, list | tuple)
     first = in_memory.item(source, 0, kind) if count else in_memory.Item("", None, False)

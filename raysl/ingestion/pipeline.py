@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, chain
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,8 @@ class IngestConfig(ReadConfig):
     row_group_images: Annotated[int, Bounds(1, 2**31 - 1)] = 512
     cpus_per_task: Annotated[float, Bounds(above=0, high=10**5)] = 1.0
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
+    # Parts whose fields may be given as fields of this configuration, as the flags do.
+    MERGED: ClassVar = ("decoding",)
 
     def location(self, source: str) -> SourceLocation:
         """Return the location of a source, to be read as configured."""
@@ -183,7 +185,8 @@ def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
         units = source.units(size)
         first = next(units, None)
         if first is None:
-            others = source.found.left_out
+            if not (others := source.found.left_out).kinds:
+                raise UserError(f"The source {source.name!r} holds no images: it is empty, or has no rows.")
             raise UserError(f"The source {source.name!r} holds no images. It holds {others}. {recognised()}")
         journal.start(header)
         journal.dest.delete(SHARDS)
@@ -228,7 +231,7 @@ def _scale_all(
     ]
     write = _writer(opened, listed, journal, config, ranges)
     total = sum(listed.counts[number] for number in pending)
-    _show_progress(tasks.run(pending, write, config.cpus_per_task, lock), "Scaling values", 0, total)
+    _show_progress(tasks.run(pending, write, config.cpus_per_task, lock), "Scaling the values of", 0, total)
 
 
 def _writer(
@@ -359,10 +362,10 @@ def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal)
     for entry in (BAD_IMAGES, SHARDS, objects.FOLDER):
         dest.delete(entry)
     journal.delete()
-    return UserError(
-        f"None of the {what} of {printable(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
-        "Nothing was written."
-    )
+    none = f"None of the {what} of {printable(name)!r} can be decoded. The first"
+    if what.startswith("1 "):
+        none = f"The only {what[2:]} of {printable(name)!r} cannot be decoded"
+    return UserError(f"{none}: {'; '.join(reasons)}. Nothing was written.")
 
 
 def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -> None:
@@ -376,7 +379,7 @@ def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, tota
     quiet = not sys.stderr.isatty() or not _log.isEnabledFor(logging.INFO)
     if quiet and done < total:
         # The console shows the seconds that pass until the first line of progress.
-        _log.info("%s %s images ...", doing, f"{total - done:,}")
+        _log.info("%s %s ...", doing, counted(total - done, "image"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task(doing, total=total, completed=done, text="")
         for step in steps:
@@ -387,4 +390,4 @@ def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, tota
             since_s = start_s if done >= total else line_s
             if quiet and now_s - since_s > _LINE_EVERY_S:
                 line_s = now_s
-                _log.info("%s: %s, %.0f s left", doing, text, max(total - done, 0) / max(rate, 1e-9))
+                _log.info("%s %s, %.0f s left", doing, text, max(total - done, 0) / max(rate, 1e-9))

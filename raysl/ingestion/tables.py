@@ -36,6 +36,8 @@ _FILE_NAMES = (
     "file_name filename file path filepath file_path image_path image_file image_file_name image_filename image img "
     "image_name img_path"
 ).split()
+# Columns that may name files without their suffixes, as the tables of competitions do.
+ID_NAMES = ("id", "image_id", "img_id", "photo_id", "id_code", "uuid")
 _SPLITS = ("split", "subset", "partition", "fold")
 _BATCH_ROWS = 256
 _real = lru_cache(4096)(os.path.realpath)
@@ -196,6 +198,10 @@ def _read_table(data: bytes, name: str) -> pa.Table:
             raise pa.ArrowInvalid(f"it is not in UTF-8 ({error}): save the table in UTF-8") from error
         if _NULL.search(data):
             raise pa.ArrowInvalid("a line is null, and each must be an object")
+        if data.lstrip()[:1] == b"[":
+            raise pa.ArrowInvalid(
+                "it is one JSON list: write each object of it on a line of its own, without the list"
+            )
         return pajson.read_json(io.BytesIO(data))
     table = _read_csv(data, name)
     if strange := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
@@ -207,7 +213,10 @@ def _read_table(data: bytes, name: str) -> pa.Table:
 
 
 def _read_csv(data: bytes, name: str) -> pa.Table:
-    """Return a table in which a column of numbers is text if it writes one number in several ways, as 1 and 01."""
+    """Return a table in which a column of numbers is text if it writes one number in several ways, as 1 and 01.
+
+    So is a column that is named like one of files and has a number that begins with 0.
+    """
     options = {
         "read_options": pacsv.ReadOptions(autogenerate_column_names=name.endswith(".txt")),
         "parse_options": pacsv.ParseOptions(delimiter=_delimiter(data, name), newlines_in_values=True),
@@ -223,7 +232,8 @@ def _read_csv(data: bytes, name: str) -> pa.Table:
         # Negative numbers are no labels.
         texts = pc.if_else(pc.less(table[column], 0), pa.scalar(None, pa.string()), texts)
         texts = pc.replace_substring_regex(texts, "^-0+$", "0")
-        if pc.count_distinct(texts).as_py() > pc.count_distinct(table[column]).as_py():
+        of_files = column.strip().lower() in (*_FILE_NAMES, *ID_NAMES)
+        if of_files or pc.count_distinct(texts).as_py() > pc.count_distinct(table[column]).as_py():
             table = table.set_column(table.column_names.index(column), column, texts)
     return table
 

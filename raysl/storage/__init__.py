@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
-from raysl.errors import UserError, explained
+from raysl.errors import UserError, explained, path_text
 from raysl.storage.causes import as_os_error, is_transient, reason
 from raysl.storage.remote_file import RemoteFile
 
@@ -133,7 +133,7 @@ class Folder:
     uri: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "uri", _normalised(self.uri))
+        object.__setattr__(self, "uri", _normalised(path_text(self.uri)))
 
     def __str__(self) -> str:
         return self.uri

@@ -40,6 +40,8 @@ _SVG = re.compile(
 _HTML = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)", re.IGNORECASE)
 _TEXT = re.compile(rb"[\t\n\r -~]+")
 _DAMAGED = {PNG: "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+# Bytes in which the beginning of an image is looked for that some program has put behind others.
+_BEFORE = 64
 # An SVG drawing has no pixels of its own: its longer side becomes this many.
 _SVG_SIDE = 1024
 # Place of the color type in a PNG file, behind the bit depth.
@@ -91,7 +93,7 @@ def open_image(data: bytes, name: str = "") -> Image.Image:
         DecodeError: the format is not supported; the message names it and what helps.
     """
     if not data:
-        raise DecodeError("the file is empty")
+        raise DecodeError("is empty")
     if data[:8] != PNG and data[:3] != JPEG:
         if _is_heif(data):
             package("pillow_heif", "pillow-heif", "a HEIC photo").register_heif_opener(thumbnails=False)
@@ -161,12 +163,15 @@ def describe(data: bytes) -> str:
     if data[128:132] == b"DICM":
         return "is a DICOM image: write its pixels as TIFF first, for example with the package pydicom"
     if not any(data):
-        return "no image of a known format: every byte is zero"
+        return "is no image of a known format: every byte is zero"
     if _TEXT.fullmatch(data[:64]):
         return (
             f"is a text and not an image: it begins with {data[:24].decode()!r}, so download the image again"
         )
-    return "no image of a known format"
+    for magic, name in ((JPEG, "JPEG"), (PNG, "PNG")):
+        if (before := data.find(magic, 0, _BEFORE)) > 0:
+            return f"is a {name} image behind other bytes: it begins at byte {before + 1}, so download or copy it again"
+    return "is no image of a known format"
 
 
 def package(module: str, distribution: str, what: str) -> ModuleType:

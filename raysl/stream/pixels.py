@@ -143,7 +143,7 @@ def pictures(
         yield _as_decode_error(error)
         return
     if not readers:
-        yield DecodeError("no image in the file")
+        yield DecodeError("holds no image")
     for read in readers:
         try:
             picture = read()
@@ -157,9 +157,13 @@ def _as_decode_error(error: Exception) -> DecodeError:
     if isinstance(error, DecodeError):
         return error
     if isinstance(error, Image.DecompressionBombError):
-        return DecodeError(f"more pixels than the {MAX_PIXELS:,} that are allowed: shrink it or cut it up")
+        return DecodeError(
+            f"has more pixels than the {MAX_PIXELS:,} that are allowed: shrink it or cut it up"
+        )
     kind = "" if isinstance(error, OSError | SyntaxError) else f"{type(error).__name__}: "
-    return DecodeError(f"damaged: {kind}{str(error)[:_LONGEST_REASON]}")
+    # Pillow says of WebP only that it "could not create decoder object".
+    what = "its WebP data are cut off or wrong" if "decoder object" in str(error) else str(error)
+    return DecodeError(f"is damaged: {kind}{what[:_LONGEST_REASON]}")
 
 
 class JpegHeader(NamedTuple):

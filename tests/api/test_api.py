@@ -24,8 +24,10 @@ from raysl.run import METADATA
 from raysl.run.unchanged import check_same
 from raysl.storage import Folder
 from raysl.storage.records import write_record
+from raysl.stream.pixels import DecodeConfig
 from tests.data import make_dataset
 
+NO_PATH: Any = 3
 NOT_IN_PYTHON = {"demo", "methods", "cache"}
 # Images that `raysl.ingest` takes and no other verb.
 IN_MEMORY: tuple[Any, ...] = (
@@ -107,10 +109,32 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
             r"`data` is expected\. Give it as base=",
         ),
         (lambda: raysl.export("/nowhere", format="onnx"), "No run at '/nowhere'"),
+        (lambda: raysl.ingest("shapes:9", "d", frame="all"), "Did you mean 'frames'"),
+        (lambda: raysl.sweep("d", out="o", vary=3), "vary is 3; give names of fields"),  # type: ignore[arg-type]
+        *(
+            (call, "is given where")
+            for call in (
+                partial(raysl.ingest, "shapes:9", NO_PATH),
+                partial(raysl.views, "shapes:9", NO_PATH),
+                partial(raysl.cluster, "nowhere", k=3, out=NO_PATH),
+                partial(raysl.probe, "random", "shapes:9", "shapes:9#test", "knn", out=NO_PATH),
+                partial(raysl.load, NO_PATH),
+                partial(raysl.DataSet.open, NO_PATH),
+                partial(raysl.Run.open, NO_PATH),
+            )
+        ),
         (lambda: raysl.report([]), "No folder"),
         (lambda: raysl.views("d", "picture.doc"), "ends in .png"),
         (lambda: raysl.views("d", images="2"), "a whole number of at least 1"),  # type: ignore[arg-type]
         (lambda: raysl.probe("random", "a", "b", ("knn",), linear={}), "'linear' is neither"),
+        *(
+            (
+                partial(raysl.probe, "random", "shapes:9", "shapes:9#test", **empty),
+                f"--{name} is empty. Name at least one",
+            )
+            for name in ("probes", "layers", "encoders")
+            for empty in [dict[str, Any]({"probes": "knn", name: []})]
+        ),
         (
             lambda: raysl.probe("/nowhere/run", "shapes:9", "shapes:9#test", "knn"),
             "There is no checkpoint at",
@@ -195,3 +219,16 @@ def test_weights_are_checked_before_a_source_is_read(tmp_path: Path, monkeypatch
             call()
     with pytest.raises(UserError, match="has no folder for results"):
         raysl.probe("random", "shapes:9", "shapes:8")
+
+
+def test_flags_of_decoding_are_arguments_of_ingest(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    (photos := tmp_path / "in").mkdir()
+    frames[0].save(photos / "a.tif", save_all=True, append_images=frames[1:])
+    given: list[Any] = [{}, {"decoding": {"range": [0, 9]}}, {"decoding": DecodeConfig(range=(0, 9))}]
+    for number, fields in enumerate(given):
+        made = raysl.ingest(photos, tmp_path / str(number), frames="all", **fields)
+        assert made.num_images == 2
+        assert made.manifest.decoding["range"] == ([0, 9] if fields else None)
+    with pytest.raises(UserError, match="--background is 'whit'"):
+        raysl.ingest(photos, tmp_path / "no", {"background": "whit"})  # type: ignore[arg-type]

@@ -226,7 +226,7 @@ def test_weights_that_are_no_dense_floats_are_refused(convert: Any) -> None:
 @pytest.mark.parametrize("value", [float("nan"), 1e300])
 def test_nan_and_numbers_too_large_for_a_float_are_refused(tmp_path: Path, value: float) -> None:
     bad = {**WANTED, "bn1.weight": torch.full((4,), value, dtype=torch.float64)}
-    with pytest.raises(UserError, match=r"NaN or infinite numbers in 1 weights: 'bn1\.weight'"):
+    with pytest.raises(UserError, match=r"NaN or infinite numbers in 1 weight: 'bn1\.weight'"):
         load(tmp_path, bad)
 
 

@@ -89,6 +89,10 @@ def test_unknown_keys_are_answered_with_the_nearest(value: dict[str, Any], answe
 def test_a_value_of_the_wrong_kind_is_refused() -> None:
     with pytest.raises(UserError, match=r"--optim\.lr is 'much'; it must be a number"):
         Pretraining.from_json({"data": "d", "run": "r", "optim": {"lr": "much"}})
+    with pytest.raises(UserError, match=r"'pirl' is 0\.1; it must be a Config or a mapping of its fields"):
+        Pretraining("d", "r", parts={"pirl": 0.1})
+    with pytest.raises(UserError, match=r"--parts is 3; it must be a mapping"):
+        Pretraining("d", "r", parts=3)  # type: ignore[arg-type]
 
 
 def test_a_missing_key_is_named() -> None:

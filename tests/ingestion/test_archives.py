@@ -58,7 +58,7 @@ def test_a_sample_without_a_label(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(), "0.cls": b"0", "1.jpg": jpeg()})
     found, _ = opened(tmp_path / "a.tar")
     assert not found.classes
-    assert "1.jpg has an image without one, and 1 images have one" in found.labels
+    assert "1.jpg has an image without one, and 1 image has one" in found.labels
     assert labels(tmp_path / "a.tar", labels="none") == {"a.tar/0.jpg": None, "a.tar/1.jpg": None}
 
 
@@ -366,3 +366,10 @@ def test_a_zip_that_is_damaged_inside_a_file_of_labels_is_refused(tmp_path: Path
     data[start + 40 : start + 80] = b"\xff" * 40
     (tmp_path / "a.zip").write_bytes(data)
     assert "Cannot read the archive" in refused(tmp_path / "a.zip")
+
+
+def test_a_table_in_an_archive_that_gives_no_labels_is_named(tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.zip", {"images/1.jpg": jpeg(), "labels.csv": b"file,label\n1.jpg,cat\n"})
+    found, _ = opened(tmp_path / "a.zip")
+    assert "If labels.csv holds labels, unpack the archive" in found.labels
+    assert "has no splits, and 'train' is named. Leave it out." in refused(f"{tmp_path / 'a.zip'}#train")

@@ -62,7 +62,7 @@ def test_stray_files_beside_class_folders_are_left_out_and_counted_by_kind(tmp_p
     ("names", "why"),
     [
         (["a.jpg", "b.jpg"], "all images lie in one folder, as a.jpg"),
-        (["a.jpg", "x/b.jpg"], "1 images lie beside the folders"),
+        (["a.jpg", "x/b.jpg"], "1 image lies beside the folders"),
         (["images/a.jpg", "images/b.jpg"], "the only folder is called 'images'"),
         (["JPEGImages/a.jpg", "SegmentationClass/a.png"], "the only folder is called 'JPEGImages'"),
     ],
@@ -82,7 +82,9 @@ def test_splits_and_what_lies_beside_them(tmp_path: Path, layout: str) -> None:
     put(tmp_path, f"{layout}annotations/train.csv", f"{layout}__MACOSX/x", data=b"a,b\n")
     put(tmp_path, f"{layout}samples/1.jpg", f"{layout}stray.jpg")
     if not layout:
-        assert "holds several splits: train, val2017" in refused(tmp_path)
+        said = refused(tmp_path)
+        assert "holds several splits: train, val2017" in said
+        assert said.endswith("#train'.")
     assert labels(f"{tmp_path}#train") == {
         f"{layout}train/cat/train.jpg": "cat",
         f"{layout}train/dog/train.jpg": "dog",
@@ -92,6 +94,9 @@ def test_splits_and_what_lies_beside_them(tmp_path: Path, layout: str) -> None:
     assert found.left_out.kinds["images in folders beside the splits"] == (1, f"{layout}samples/1.jpg")
     assert found.left_out.kinds["images beside the splits"] == (1, f"{layout}stray.jpg")
     assert "no split 'test'" in refused(f"{tmp_path}#test")
+    assert "Did you mean 'val2017'?" in refused(f"{tmp_path}#val")
+    assert "Did you mean 'train'?" in refused(f"{tmp_path}#trian")
+    assert "names no split behind its '#'" in refused(f"{tmp_path}#")
 
 
 def test_folders_that_only_end_like_splits_are_splits_together(tmp_path: Path) -> None:
@@ -99,6 +104,26 @@ def test_folders_that_only_end_like_splits_are_splits_together(tmp_path: Path) -
     assert labels(f"{tmp_path}#seg_test") == {"seg_test/sea/2.jpg": "sea"}
     put(tmp_path / "b", "bullet_train/1.jpg", "bicycle/2.jpg")
     assert set(labels(tmp_path / "b").values()) == {"bullet_train", "bicycle"}
+
+
+@pytest.mark.parametrize(("outer", "split"), [(("holdout", "train"), ""), (("fold_0", "fold_1"), "train/")])
+def test_class_folders_with_the_same_folders_inside_are_told(
+    tmp_path: Path, outer: tuple[str, ...], split: str
+) -> None:
+    ends = ("", "test/") if split else ("",)
+    put(
+        tmp_path,
+        *(f"{at}/{end or split}{name}/1.jpg" for at in outer for end in ends for name in ("cat", "dog")),
+    )
+    found, _ = opened(f"{tmp_path}#train" if split else tmp_path)
+    assert (
+        "Every class folder holds the same folders (cat, dog): if these are the classes, give one"
+        in found.labels
+    )
+    assert found.labels.endswith(f"such as {outer[0]}")
+    assert {*labels(f"{tmp_path / outer[0]}{split and '#train'}").values()} == {"cat", "dog"}
+    put(tmp_path, f"{outer[0]}/{split}bird/1.jpg")
+    assert "same folders" not in opened(f"{tmp_path}#train" if split else tmp_path)[0].labels
 
 
 def test_splits_inside_class_folders(tmp_path: Path) -> None:
@@ -528,3 +553,11 @@ def test_a_column_of_which_nothing_is_read_is_refused(tmp_path: Path, config: Re
         UserError, match="-column 'kind' names a column of a table, and no such column is read"
     ):
         open_source(SourceLocation(str(tmp_path), config=config))
+
+
+def test_a_table_of_labels_that_names_no_file_here_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "images/1.jpg")
+    put(tmp_path, "metadata.csv", data=b"file_name,label\n1.jpg,cat\n")
+    found, _ = opened(tmp_path)
+    assert "It names 1.jpg, which is not there" in found.labels
+    assert labels(tmp_path / "metadata.csv") == {"images/1.jpg": "cat"}

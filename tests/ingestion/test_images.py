@@ -47,6 +47,15 @@ def levels(data_set: DataSet) -> list[int]:
     return [int(decode(file)[0, 0, 0]) for file in files]
 
 
+@pytest.mark.parametrize(("value", "what"), [(7.5, "all are 7.5"), (np.nan, "none is finite")])
+def test_values_without_a_range_are_said_to_become_black(tmp_path: Path, value: float, what: str) -> None:
+    put(tmp_path, "0.tif", np.full((4, 4), value, np.float32))
+    data_set, said = ingested(tmp_path)
+    assert levels(data_set) == [0]
+    assert f"float values: {what}, and become 0, black" in said
+    assert "Ingesting 1 image ..." in said
+
+
 def test_one_range_for_all_frames_of_signed_and_float_values(tmp_path: Path) -> None:
     for i, value in enumerate((0.1, 0.2, 0.4, 0.0, 1.0)):
         put(tmp_path, f"{i}.tif", np.full((4, 4), value, np.float32))
@@ -54,7 +63,12 @@ def test_one_range_for_all_frames_of_signed_and_float_values(tmp_path: Path) -> 
     put(tmp_path, "b.tif", np.full((4, 4), 1000, np.int32))
     data_set, said = ingested(tmp_path)
     assert levels(data_set) == [26, 51, 102, 0, 255, 0, 255]
-    assert "5 images (the first: 0.tif) of float values: 0 to 1, the range of all of them" in said
+    assert (
+        "5 images (the first: 0.tif) of float values: 0 to 1, the range of all of them, become 0 to 255; NaN"
+        in said
+    )
+    assert "int32 values: -1000 to 1000, the range of all of them, become 0 to 255 (" in said
+    assert "Ingesting 7 images ..." in said
     assert data_set.manifest.decoding["ranges"] == {"float": [0.0, 1.0], "int32": [-1000.0, 1000.0]}
     assert DataSet.open(str(tmp_path / "out")).manifest == data_set.manifest
 

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from torch.utils.data import Subset
@@ -237,3 +238,10 @@ def test_other_objects_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             ingest(source, str(tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_table_of_pyarrow(tmp_path: Path) -> None:
+    table = pa.table({"image": [jpeg(1), jpeg(2)], "label": ["cat", "dog"]})
+    made = ingest(table, str(tmp_path / "out"))
+    assert made.manifest.source == "pyarrow.Table of 2 rows"
+    assert made.labels().tolist() == [0, 1]

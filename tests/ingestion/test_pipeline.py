@@ -360,6 +360,14 @@ def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     # Once the source is corrected, the same command succeeds.
     assert ingest(photos(tmp_path / "in"), tmp_path / "out").num_images == 7
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "1.jpg").write_bytes(b"")
+    assert "The only image of" in (message := refused(tmp_path / "one", tmp_path / "no"))
+    assert "cannot be decoded: 1.jpg: is empty. Nothing" in message
+    (tmp_path / "list.csv").write_text("file_name,label\n")
+    assert refused(tmp_path / "list.csv", tmp_path / "no").endswith(
+        "holds no images: it is empty, or has no rows."
+    )
 
 
 def test_a_source_is_ingested_again_when_it_changes(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:

@@ -195,6 +195,39 @@ def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
     assert labels(tmp_path / name) == {"photos/a.jpg": "dog", "photos/b c.jpg": "cat"}
 
 
+@pytest.mark.parametrize(
+    ("content", "files"),
+    [
+        ("filename,label\n1.jpg,0\nx/2.jpg,1\n", ["images/1.jpg", "images/x/2.jpg"]),
+        ("id,label\n1,0\n2,1\n", ["train/1.jpg", "train/2.jpg", "test/3.jpg"]),
+        ("id,label\n007,0\n010,1\n", ["train/007.jpg", "train/010.jpg"]),
+        ("id_code,label\na1,0\nb2,1\n", ["part_1/a1.png", "part_2/b2.jpg"]),
+        ("image,label\nimages/1,0\n2,1\n", ["images/1.jpg", "images/2.jpg"]),
+    ],
+)
+def test_names_without_a_folder_or_a_suffix(tmp_path: Path, content: str, files: list[str]) -> None:
+    put(tmp_path, *files)
+    put(tmp_path, "list.csv", data=content.encode())
+    assert labels(tmp_path / "list.csv") == dict(zip(files, "01", strict=False))
+    before = open_source(SourceLocation(str(tmp_path / "list.csv"))).source.stamp()
+    put(tmp_path, files[0], data=b"another")
+    assert open_source(SourceLocation(str(tmp_path / "list.csv"))).source.stamp() != before
+
+
+def test_a_name_that_may_be_of_several_files_is_not_guessed(tmp_path: Path) -> None:
+    put(tmp_path, "train/1.jpg", "test/1.jpg", "train/2.jpg")
+    put(tmp_path, "list.csv", data=b"filename,label\n1.jpg,0\n2.jpg,1\n")
+    put(tmp_path, "twice.csv", data=b"filename,label\n1,0\n1.jpg,0\n")
+    assert labels(tmp_path / "list.csv") == {"train/1.jpg": "0", "train/2.jpg": "1"}
+    assert opened(tmp_path / "list.csv")[0].layout == "one table (csv) of names of files, read as train/*"
+    assert labels(tmp_path / "twice.csv") == {"1": "0", "1.jpg": "0"}
+    put(tmp_path, "test/2.jpg")
+    put(tmp_path, "train.csv", data=b"filename,label\n1.jpg,0\n2.jpg,1\n")
+    assert labels(tmp_path / "train.csv") == {"train/1.jpg": "0", "train/2.jpg": "1"}
+    put(tmp_path, "ids.csv", data=b"id,label\n8,0\n9,1\n")
+    assert "no column of encoded images" in refused(tmp_path / "ids.csv")
+
+
 def not_in_utf8(values: list[str]) -> pa.Array:
     return pa.array([value.encode("latin1") for value in values]).view(pa.string())
 
@@ -228,18 +261,24 @@ def test_a_line_of_json_that_is_no_object_is_refused(tmp_path: Path, first: str)
     put(tmp_path, "a.jpg")
     put(tmp_path, "list.jsonl", data=f'{first}\n{{"image": "a.jpg"}}\n'.encode())
     assert "Cannot read the table" in refused(tmp_path / "list.jsonl")
+    put(tmp_path, "list.jsonl", data=b' [{"image": "a.jpg"}]')
+    assert "it is one JSON list: write each object of it on a line of its own" in refused(
+        tmp_path / "list.jsonl"
+    )
 
 
 def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     put(tmp_path, "secret.jpg", "other.jpg", "in/a.jpg")
-    text = f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/other.jpg,1\ngone.jpg,0\n"
+    text = f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/other.jpg,1\ngone.jpg,0\n/nowhere/a.jpg,0\n"
     put(tmp_path, "in/list.csv", data=text.encode())
     _, rows = opened(tmp_path / "in" / "list.csv")
-    assert [bool(row.image) for row in rows] == [True, False, False, False]
-    assert "--follow-links" in rows[1].reason
-    assert rows[3].reason == "does not exist"
+    assert [bool(row.image) for row in rows] == [True, False, False, False, False]
+    assert all("--follow-links" in row.reason for row in rows[1:3])
+    assert {row.reason for row in rows[3:]} == {"does not exist"}
+    put(tmp_path, "in/own.csv", data=f"path,label\n{tmp_path}/in/a.jpg,0\n".encode())
+    assert labels(tmp_path / "in" / "own.csv") == {"a.jpg": "0"}
     _, rows = opened(tmp_path / "in" / "list.csv", follow_links=True)
-    assert [bool(row.image) for row in rows] == [True, True, True, False]
+    assert [bool(row.image) for row in rows] == [True, True, True, False, False]
 
 
 def test_links_that_lead_out_of_the_folder_of_a_table(tmp_path: Path) -> None:
@@ -384,7 +423,7 @@ def test_folders_of_rows_without_a_label(tmp_path: Path, value: str) -> None:
         pq.write_table(pa.table({"image": [jpeg()]}), tmp_path / f"label={name}" / "part-0.parquet")
     found, rows = opened(tmp_path)
     assert (found.classes, [row.label for row in rows]) == ({}, [None, None])
-    assert "part-0.parquet has an image without one, and 1 images have one" in found.labels
+    assert "part-0.parquet has an image without one, and 1 image has one" in found.labels
 
 
 def test_two_classes_of_one_name_stay_two(tmp_path: Path) -> None:

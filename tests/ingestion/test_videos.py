@@ -214,7 +214,8 @@ def test_videos_in_archives_and_tables_become_clips(tmp_path: Path) -> None:
     pq.write_table(pa.table({"film": struct, "label": [1, 0]}, with_feature), tmp_path / "hf.parquet")
     pq.write_table(pa.table({"video": list(damaged.values()), "label": [1, 0]}), tmp_path / "plain.parquet")
     (tmp_path / "in" / "list.csv").write_text("file_name,label\na.mp4,1\nb.mp4,0\n")
-    for source in ("shard.tar", "folders.tar", "hf.parquet", "plain.parquet", "in/list.csv"):
+    (tmp_path / "list.csv").write_text("path,label\na,1\nb,0\n")
+    for source in ("shard.tar", "folders.tar", "hf.parquet", "plain.parquet", "in/list.csv", "list.csv"):
         one = open_source(SourceLocation(str(tmp_path / source)))
         found, rows = rows_of(tmp_path / source)
         assert found.noun == "videos"

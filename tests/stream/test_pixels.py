@@ -459,13 +459,15 @@ def test_a_long_head_of_xml_takes_no_time_and_hides_no_drawing(line: bytes) -> N
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "empty"),
+        (b"", "is empty"),
+        (file(ramp(), "WEBP")[:-10], "is damaged: its WebP data are cut off"),
+        (b"\n\n" + file(ramp(), "JPEG"), "is a JPEG image behind other bytes: it begins at byte 3"),
         (bytes(100), "every byte is zero"),
         (b"not an image", "is a text and not an image: it begins with 'not an image'"),
-        (b"\0not an image", "no image of a known format"),
+        (b"\0not an image", "is no image of a known format"),
         (PNG + b"x", "is a damaged PNG image"),
         (PNG.replace(b"\r\n", b"\n"), "copied as text"),
-        (file(ramp(100, 100), "JPEG")[:900], "truncated"),
+        (file(ramp(100, 100), "JPEG")[:900], "is damaged: image file is truncated"),
         (file(ramp(), "PNG")[:100], "damaged"),
         (b"<!DOCTYPE html><html>403 Forbidden</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),

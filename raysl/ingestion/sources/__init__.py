@@ -24,10 +24,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 from raysl import plugins
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, did_you_mean, unknown
 from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import unsupported
-from raysl.ingestion.found import SEVERAL, Found, LeftOut, names_checked, unreadable
+from raysl.ingestion.found import SEVERAL, Found, LeftOut, example_of, names_checked, unreadable
 from raysl.ingestion.layout import by_split
 from raysl.ingestion.listing import HEAD_BYTES, TABLE, File, Survey, files_below, is_folder, join, read_bytes
 from raysl.storage import HUB_LOGIN, Folder
@@ -97,6 +97,10 @@ class SourceLocation:
         uri, named = source, ""
         if not _is_path(source) and "#" in source:
             uri, _, named = source.rpartition("#")
+            if not named:
+                raise UserError(
+                    f"The source {source!r} names no split behind its '#'. Leave out the '#', or name one."
+                )
         if split and named and split != named:
             raise UserError(
                 f"The source {source!r} names the split {named!r} and the configuration says {split!r}. Name one."
@@ -306,14 +310,21 @@ def read_split(location: SourceLocation, files: list[File], kind: str) -> tuple[
 
 def choose_split(location: SourceLocation, splits: list[str]) -> str:
     """Return the split to take of those that the source holds. Raises UserError if that is not decided."""
-    known = ", ".join(splits) or "none"
+    known = ", ".join(splits)
     if location.split and location.split not in splits:
         same = [split for split in splits if split.lower() == location.split.lower()]
         if len(same) == 1:
             return same[0]
-        raise UserError(f"The source {location.uri!r} has no split {location.split!r}. Its splits: {known}.")
+        if not splits:
+            raise UserError(
+                f"The source {location.uri!r} has no splits, and {location.split!r} is named. Leave it out."
+            )
+        near = did_you_mean(location.split, splits)
+        raise UserError(
+            f"The source {location.uri!r} has no split {location.split!r}. {near}Its splits: {known}."
+        )
     if not location.split and len(splits) > 1:
-        one = f"{location.uri}#{splits[-1]}"
+        one = f"{location.uri}#{example_of(splits)}"
         raise UserError(
             f"The source {location.uri!r} holds several splits: {known}. Name one, as in {one!r}."
         )

@@ -25,7 +25,18 @@ from typing import Any
 from raysl.errors import UserError, explained
 from raysl.ingestion import labels, layout, metadata, tar, video
 from raysl.ingestion.found import LeftOut, printable
-from raysl.ingestion.listing import ARCHIVE, IMAGE, LABEL_TABLES, VIDEO, File, Survey, join, kind_of, stamp
+from raysl.ingestion.listing import (
+    ARCHIVE,
+    IMAGE,
+    LABEL_TABLES,
+    TABLE,
+    VIDEO,
+    File,
+    Survey,
+    join,
+    kind_of,
+    stamp,
+)
 from raysl.ingestion.members import MOST_BYTES, Listing, Member, plain
 from raysl.ingestion.sources import (
     Confidence,
@@ -171,6 +182,12 @@ class Source:
         elif len(listings) > 1 and found.labels.startswith("none"):
             example = listings[0].name
             self.found.labels += f"; the names of the archives, as {example}, are not taken for classes"
+        table = self.found.left_out.kinds.get(TABLE, (0, ""))[1]
+        if table and self.found.labels.startswith("none"):
+            advice = (
+                f"If {printable(table)} holds labels, unpack the archive, and give that table as the source"
+            )
+            self.found.labels += f". {advice}"
         if self.clips:
             self.found.rename_to_videos()
         if not self._split:

@@ -99,6 +99,11 @@ class Source:
         if gone := [path for path in missing if layout.is_within(path, self._layout.base)]:
             self.found.left_out.add("labels of files that are not there", gone[0], len(gone))
         classes.settle(self.found, self._layout.class_of is None)
+        if gone and not classes.counts:
+            self.found.labels += (
+                f". It names {printable(gone[0])}, which is not there; if its files lie in a folder below it, give "
+                "that table as the source"
+            )
 
     def _labelled(self) -> Iterator[tuple[File, str | None]]:
         """Yield every image or video with its label, in the order of the indices."""

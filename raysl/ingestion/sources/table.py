@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysl.errors import UserError
-from raysl.ingestion import labels, tables, video
-from raysl.ingestion.found import join_names, printable, shortened
-from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, VIDEO, File, kind_of, stamp
-from raysl.ingestion.named_files import file_states, folder_of, read_named
+from raysl.ingestion import image_columns, labels, tables, video
+from raysl.ingestion.found import join_names, printable
+from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, File, stamp
+from raysl.ingestion.named_files import Place, file_states, folder_of, names_in, read_named
 from raysl.ingestion.sources import (
     Confidence,
     Row,
@@ -41,10 +41,7 @@ from raysl.storage import Folder
 SUMMARY = "tables of images or of names of files (Parquet, Arrow, Feather, CSV, TSV, JSON lines)"
 
 _BINARY = (".parquet", ".arrow", ".feather")
-# Columns that are taken for the image before the schema is searched for another.
-_IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
-_VIDEO_NAMES = ("video", "mp4", "clip", "movie")
-_IN_PARALLEL, _AT_ONCE, _LONGEST_TYPE = 16, 64, 40
+_IN_PARALLEL, _AT_ONCE = 16, 64
 
 
 def recognise(location: SourceLocation) -> Confidence:
@@ -61,7 +58,7 @@ def recognise(location: SourceLocation) -> Confidence:
         return Confidence.COULD_BE if archives else Confidence.IS
     try:
         with tables.opened(location.uri, files[0].path) as table:
-            return Confidence.IS if _encoded_columns(table.schema) else Confidence.NO
+            return Confidence.IS if image_columns.encoded(table.schema) else Confidence.NO
     except UserError:
         return Confidence.NO
 
@@ -81,6 +78,7 @@ class Columns(NamedTuple):
     is_file_name: bool  # the column `image` holds names of files
     constant: str | None = None  # label of all rows, where a folder ("label=cat") states it; "" for none
     is_video: bool = False
+    places: tuple[Place, ...] = ()  # of the files that the column `image` names
 
 
 class Source:
@@ -97,6 +95,8 @@ class Source:
             columns, of_splits = zip(*pool.map(self._columns_of, self._files), strict=True)
         names = labels.as_classes_of_folders([one.constant for one in columns])
         self._columns = [one._replace(constant=name) for one, name in zip(columns, names, strict=True)]
+        if places := {f"{before}*{behind}" for one in columns for before, behind in one.places}:
+            self.found.layout += f" of names of files, read as {join_names(sorted(places), 6)}"
         self._reconcile()
         self._choose_rows({*of_splits})
         self.name = location.called or str(replace(location, split=self.found.split))
@@ -115,16 +115,18 @@ class Source:
         config, where = self._location.config, self._where(file)
         with self._opened(file) as table:
             schema, of_splits = table.schema, tables.split_column(table.schema)
-            image, is_file_name = _image_column(schema, where, config.image_column)
-            is_video = _is_video(table, image, is_file_name)
+            image, is_file_name, places = image_columns.find(
+                table, folder_of(self._location.uri, file.path), where, config.image_column
+            )
+            is_video = image_columns.is_video(table, image, is_file_name, places)
         parts = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
         label = ""
         if config.labels != "none":
             label = labels.find([*schema.names, *parts], config.label_column, f"The table {where!r}")
         if label in parts and label not in schema.names:
-            return Columns(image, label, None, is_file_name, parts[label], is_video), of_splits
+            return Columns(image, label, None, is_file_name, parts[label], is_video, places), of_splits
         names = labels.names_in(schema, label) if label else None
-        return Columns(image, label, names, is_file_name, is_video=is_video), of_splits
+        return Columns(image, label, names, is_file_name, None, is_video, places), of_splits
 
     def _opened(self, file: File) -> AbstractContextManager[tables.Table]:
         return tables.opened(self._location.uri, file.path, self._only)
@@ -159,7 +161,7 @@ class Source:
         first = self._columns[0]
         for file, columns in zip(self._files[1:], self._columns[1:], strict=True):
             disagree = f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree"
-            if columns != first._replace(names=columns.names, constant=columns.constant):
+            if columns[:2] + columns[3:4] + columns[5:6] != first[:2] + first[3:4] + first[5:6]:
                 raise UserError(
                     f"{disagree}: {_told(first)} in the first, {_told(columns)} in the second. Name the columns that "
                     "all tables have with --image-column and --label-column, use --labels none, or ingest them apart."
@@ -183,18 +185,19 @@ class Source:
         if "://" in self._location.uri:
             return
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
-            for file, names in self._names():
+            for file, columns, names in self._names():
                 some = [names[first : first + _AT_ONCE] for first in range(0, len(names), _AT_ONCE)]
-                states = pool.map(partial(file_states, folder_of(self._location.uri, file.path)), some)
+                folder = folder_of(self._location.uri, file.path)
+                states = pool.map(partial(file_states, folder, columns.places), some)
                 yield from chain.from_iterable(states)
 
-    def _names(self) -> Iterator[tuple[File, list[str]]]:
-        """Yield the names in tables of file names, some at a time, each time with the file of the table."""
+    def _names(self) -> Iterator[tuple[File, Columns, list[str]]]:
+        """Yield the names in tables of file names, some at a time, each time with the file and columns of the table."""
         for file, columns in zip(self._files, self._columns, strict=True):
             if columns.is_file_name:
                 with self._opened(file) as table:
                     for values in table.column(columns.image):
-                        yield file, [*filter(None, values.to_pylist())]
+                        yield file, columns, names_in(values)
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         self._check_file_names()
@@ -223,7 +226,7 @@ class Source:
     def _check_file_names(self) -> None:
         """Raise UserError if tables of file names name a file twice: an image of several classes, or a mistake."""
         seen: set[str] = set()
-        for file, names in self._names():
+        for file, _, names in self._names():
             folder = folder_of(self._location.uri, file.path)
             for name in names:
                 place = tables.normal(name)
@@ -309,58 +312,6 @@ def _told(columns: Columns) -> str:
     return f"{what} in the column {columns.image!r} and {label}"
 
 
-def _encoded_columns(schema: pa.Schema) -> list[str]:
-    """Return the columns that hold encoded images."""
-    return [field.name for field in schema if _is_encoded(field.type)]
-
-
-def _is_encoded(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_video(table: tables.Table, column: str, is_file_name: bool) -> bool:
-    """Return True if a column holds videos: by the names of files, its feature of Hugging Face, or its name."""
-    if not is_file_name:
-        feature = labels.feature_in(table.schema, column).get("_type")
-        return column.lower() in _VIDEO_NAMES or feature == "Video"
-    names = (name for values in table.column(column) for name in values.to_pylist() if name)
-    return kind_of(next(names, "")) == VIDEO
-
-
-def _image_column(schema: pa.Schema, path: str, wanted: str) -> tuple[str, bool]:
-    """Return the column of images, and True if it holds names of files."""
-    encoded = _encoded_columns(schema)
-    # The columns of a table of text without rows have no type.
-    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
-    texts = [field.name for field in schema if any(one(field.type) for one in is_text)]
-    if wanted:
-        if wanted in encoded or wanted in texts:
-            return wanted, wanted in texts
-        raise UserError(
-            f"The column {wanted!r}, which --image-column names, holds no images in {path!r}. The columns that may "
-            f"are {join_names((*encoded, *texts)) or 'none'}."
-        )
-    named = [name for name in (*_IMAGE_NAMES, *_VIDEO_NAMES) if name in encoded]
-    if named or len(encoded) == 1:
-        return (named or encoded)[0], False
-    if (files := tables.file_column(texts)) and not encoded:
-        return files, True
-    header = ""
-    if any(kind_of(name) == IMAGE for name in schema.names):
-        header = " The first line of a table of text must name the columns."
-    what = (
-        f"{len(encoded)} columns of images, none called 'image'" if encoded else "no column of encoded images"
-    )
-    typed = [f"{one.name} ({shortened(str(one.type), _LONGEST_TYPE)})" for one in schema]
-    raise UserError(
-        f"The table {path!r} has {what}: its columns are {join_names(typed)}. "
-        "Name one with --image-column; it must be binary, a struct of bytes and path, or names of files beside the "
-        f"table, and no list or dictionary of these.{header}"
-    )
-
-
 def read(unit: Unit) -> Iterator[Row]:
     spec, columns, sampling = unit.spec, Columns(*unit.spec["columns"]), unit.spec.get("sampling")
     has_label = columns.label and columns.constant is None
@@ -383,8 +334,8 @@ def _rows(batch: pa.RecordBatch, columns: Columns, spec: dict[str, Any], places:
     if columns.label and columns.constant is None:
         classes = labels.as_classes(batch.column(columns.label), columns.names).to_pylist()
     if columns.is_file_name:
-        for name, label in zip(images.to_pylist(), classes, strict=True):
-            yield read_named(spec, name, label)
+        for name, label in zip(images.cast(pa.string()).to_pylist(), classes, strict=True):
+            yield read_named(spec, name, label, columns.places)
         return
     names: list[str | None] = [None] * len(images)
     if pa.types.is_struct(images.type):
