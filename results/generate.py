@@ -411,24 +411,38 @@ COMPARED = {
 }
 
 
-def _bench(part: str, file: str = "speed") -> str:
-    """Return medians of ratios of the same round, with their ranges."""
-    rows = [row for row in lines_of(f"bench/{file}.jsonl") if file != "speed" or row["part"] == part]
-    found = {(row["arm"], row.get("side"), row["round"]): row for row in rows}
-    lines = []
-    for side in sorted({side for _, side, _ in found}, key=lambda side: side or 0):
-        for own, other, measure in COMPARED[part]:
-            ratios = [
-                row[measure] / found[other, side, number][measure]
-                for (arm, of_side, number), row in found.items()
-                if (arm, of_side) == (own, side) and (other, side, number) in found
-            ]
-            if ratios:
-                around = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                cell = f"{side} pixels" if side else {"cpu_s": "CPU time", "wall_s": "wall time"}[measure]
-                lines.append([own, other, cell, around])
-    what = "measure" if part == "start" else "image size"
-    return table(["program", "compared with", what, "ratio"], lines)
+def _ratio(rows: Sequence[Row], own: str, other: str, measure: str, side: int | None = None) -> str:
+    """Return the median of the ratios of two programs in the same round, with their range."""
+    rows = [row for row in rows if row.get("side") == side]
+    found = {(row["arm"], row["round"]): row[measure] for row in rows if measure in row}
+    ratios = [
+        value / found[other, number]
+        for (arm, number), value in found.items()
+        if arm == own and (other, number) in found
+    ]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _start() -> str:
+    """Return the ratios of the first step."""
+    rows = [row for row in lines_of("bench/speed.jsonl") if row["part"] == "start"]
+    names = {"cpu_s": "CPU time", "wall_s": "wall time"}
+    lines = [
+        [own, other, names[measure], _ratio(rows, own, other, measure)]
+        for own, other, measure in COMPARED["start"]
+    ]
+    return table(["program", "compared with", "measure", "ratio"], lines)
+
+
+def _more_loaders() -> str:
+    """Return the ratios of more loaders: a row for each pair of programs, a column for each size."""
+    rows = lines_of("bench/more-loaders.jsonl")
+    sides = sorted({row["side"] for row in rows})
+    lines = [
+        [own, other, *(_ratio(rows, own, other, measure, side) for side in sides)]
+        for own, other, measure in COMPARED["more-loaders"]
+    ]
+    return table(["program", "compared with", *(f"{side} pixels" for side in sides)], lines)
 
 
 def _seconds() -> str:
@@ -450,35 +464,21 @@ def _seconds() -> str:
 def _stream() -> str:
     """Return the ratios of the stream: a row for each way of raysl and size, a column for each loader."""
     rows = [row for row in lines_of("bench/speed.jsonl") if row["part"] == "stream"]
-    found = {(row["arm"], row["side"], row["round"]): row["cpu_ms"] for row in rows}
     owns, others = (list(dict.fromkeys(pair[at] for pair in COMPARED["stream"])) for at in (0, 1))
-    lines = []
-    for own in owns:
-        for side in sorted({side for _, side, _ in found}):
-            cells = []
-            for other in others:
-                ratios = [
-                    value / found[other, side, number]
-                    for (arm, of_side, number), value in found.items()
-                    if (arm, of_side) == (own, side)
-                ]
-                cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-            lines.append([own, f"{side} pixels", *cells])
-    return table(
-        [
-            "program",
-            "views",
-            *(other.partition(",")[0].removesuffix(" with raysl's kernels") for other in others),
-        ],
-        lines,
-    )
+    lines = [
+        [own, f"{side} pixels", *(_ratio(rows, own, other, "cpu_ms", side) for other in others)]
+        for own in owns
+        for side in sorted({row["side"] for row in rows})
+    ]
+    titles = (other.partition(",")[0].removesuffix(" with raysl's kernels") for other in others)
+    return table(["program", "views", *titles], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "bench-seconds": _seconds,
-    "bench-start": lambda: _bench("start"),
+    "bench-start": _start,
     "bench-stream": _stream,
-    "bench-more-loaders": lambda: _bench("more-loaders", "more-loaders"),
+    "bench-more-loaders": _more_loaders,
     "headline": _headline,
     "long-layers": _layers,
     "long-closer": _closer,
