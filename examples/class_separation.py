@@ -28,13 +28,13 @@ from raysl.probes import Labelled, Row, Settings, check
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Protocol: raise `version` whenever the same settings give another number.
+    """Protocol of class separation.
 
     Args:
         min_images: smallest number of test images of a class; smaller classes are left out.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 1  # raise it whenever the same settings give another number
     min_images: Annotated[int, Bounds(1, 10**6)] = 2
 
 

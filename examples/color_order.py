@@ -25,9 +25,10 @@ from raysl.pretext import Color, Geometry, Plain, Transformed
 from raysl.rng import ImageRng
 
 
+# The fields become flags, and a sweep may vary them.
 @dataclass(frozen=True)
 class Config(Checked):
-    """Hyperparameters: they become flags, and a sweep may vary them.
+    """Hyperparameters of the order of colors.
 
     Args:
         orders: "all" six orders of the channels, or the three "cyclic" orders.

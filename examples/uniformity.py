@@ -27,9 +27,10 @@ from raysl.objectives import Base, Loss, Setup
 from raysl.stream.reader import Batch
 
 
+# The fields become flags, and a sweep may vary them.
 @dataclass(frozen=True)
 class Config(Checked):
-    """Hyperparameters: they become flags, and a sweep may vary them.
+    """Hyperparameters of alignment and uniformity.
 
     Args:
         dim: D, size of the embeddings (paper: 128).

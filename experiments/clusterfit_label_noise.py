@@ -3,8 +3,8 @@
 Command:  python experiments/clusterfit_label_noise.py --data DATA --out results/clusterfit-label-noise
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     planned: 30 minutes on CIFAR-10; with --local, a few minutes on drawn images.
-Expect:   with wrong labels, ClusterFit loses less than its teacher, as in the ClusterFit paper (arXiv 1912.03330); with
-          right labels it is not ahead, unlike in the paper. See results/lectures and results/clusterfit.
+Expect:   with 75 % wrong labels, ClusterFit loses less than its teacher, as in the ClusterFit paper (arXiv 1912.03330);
+          with right labels it is level or behind, unlike in the paper. See results/lectures and results/clusterfit.
 
 Teachers and students see the training images of the first half of the classes. The linear probe learns from and is
 scored on the other half, so it tests no class that a network was taught. With probability p, label noise p replaces the

@@ -3,7 +3,8 @@
 Command:  python experiments/uncurated.py --source IMAGES --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
-Expect:   with other images than the labelled set, PIRL loses less accuracy than prediction.
+Expect:   PIRL loses less than prediction from other images only if it sees them for more epochs. See
+          results/lectures.
 
 PIRL (Misra and van der Maaten 2020), table 4, pretrains on YFCC; here `--source` is any images, without labels.
 """

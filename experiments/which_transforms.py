@@ -3,7 +3,8 @@
 Command:  python experiments/which_transforms.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes for each missing run, a minute for a probe. With --local: two to three minutes.
-Expect:   on small images, without crops and without color jitter kNN falls most (SimCLR, figure 5, for ImageNet).
+Expect:   without crops kNN falls below the untrained network; without color jitter it does not fall, unlike in SimCLR,
+          figure 5. See results/lectures.
 
 An open question of the lectures. The methods see the same images; "crops" leaves out the random crop, and the others
 are parts of the augmentation recipe, as in `--view.recipe simclr-gray`.

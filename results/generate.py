@@ -92,8 +92,8 @@ def _headline() -> str:
         "clusterfit": "ClusterFit, with predict-jigsaw as teacher",
         "transforms/all/simclr": "SimCLR (simclr)",
         "untrained": "untrained network",
-        "predict-rotation": "Rotation, predicting the angle (predict-rotation)",
         "predict-jigsaw": "Jigsaw, predicting the permutation (predict-jigsaw)",
+        "predict-rotation": "Rotation, predicting the angle (predict-rotation)",
     }
     file = "lectures/tiny-imagenet-20.jsonl"
     cells = [

@@ -68,12 +68,12 @@ def _caution(results: SweepResults) -> str:
     """Return the score of the best trial on the test images, and sentences that say how far its lead can be trusted."""
     sentences = []
     if tested := results.extras("test").get("trained"):
+        score = f"{mean(tested):.4f}"
+        sentences.append(f"On the test images, on which no other was scored, the best trial has {score}.")
+    if len(results.trials) > 1:
         sentences.append(
-            f"On the test images, on which no other trial was scored, it has {mean(tested):.4f}."
+            "Its score on the validation images is too high by chance, because it was chosen by that score."
         )
-    sentences.append(
-        "Its score on the validation images is too high by chance, because it was chosen by that score."
-    )
     if found := results.expected_lead_by_chance():
         count, deviation, gap = found
         sentences.append(

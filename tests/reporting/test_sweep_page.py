@@ -202,7 +202,10 @@ def test_baselines_and_the_test_score_are_on_the_page(tmp_path: Path) -> None:
     page = report(sweep, ReportConfig()).read("index.html").decode()
     assert "0.1234</td>" in page
     assert "raw pixels" in page
-    answer, caution = page.index("no other trial was scored, it has 0.3456"), page.index("too high by chance")
+    answer, caution = (
+        page.index("no other was scored, the best trial has 0.3456"),
+        page.index("too high by chance"),
+    )
     assert page.index("<h2>Best</h2>") < answer < caution < page.index("<h2>Trials</h2>")
 
 
