@@ -43,8 +43,9 @@ class BackboneConfig(Checked):
             image by itself, so that gradients do not depend on the number of workers.
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
         weights: file of weights that training starts from, in a format that `raysl probe` reads; a path or a URI. Also
-            a finished run (its last checkpoint), RUN/checkpoints/step-NNN, or a folder of `raysl export`. The encoder
-            "random" has these weights too. `raysl probe` and `raysl features` use them for "random" only.
+            a finished run (its last checkpoint), RUN/checkpoints/step-NNN, or a folder of `raysl export`. Where a
+            command has no training, as `raysl probe`, the encoder "random" has these weights, and they have no effect
+            on a weights file.
     """
 
     name: str = "small"

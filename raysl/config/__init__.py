@@ -60,8 +60,8 @@ class Pretraining(Checked):
         data: a data set made by `raysl ingest`, or any source that it reads, which is first ingested
             into ~/.cache/raysl or $RAYSL_CACHE.
         run: folder of the run, a path or a URI. The same command again continues an unfinished run.
-        method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them.
-            `raysl pretrain --method simclr --help` lists the flags of simclr.
+        method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them. Help lists the
+            flags of one method: `raysl pretrain --method simclr --help`.
         epochs: number of passes over the data set; it may be fractional.
         batch_size: images in the global batch, divided over the workers.
         workers: number of training workers. 0 lets raysl choose the number for the machine (for the scripts in
