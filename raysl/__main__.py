@@ -81,7 +81,8 @@ def _run(given: list[str]) -> None:
     if not given or given[0] in ("-h", "--help"):
         print("usage: raysl VERB [flags]      `raysl VERB --help` lists the flags of a verb\n")
         print("\n".join(f"  {name:<11}{what}" for name, what in VERBS.items()))
-        print("\n`raysl --version` prints the version.")
+        print("\nStart with your own images:\n\n  raysl ingest photos/ data/photos")
+        print("  raysl pretrain --data data/photos --run runs/first\n\n`raysl --version` prints the version.")
         return
     if given[0] in ("-V", "--version"):
         print(f"raysl {__version__}")

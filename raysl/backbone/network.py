@@ -42,10 +42,10 @@ class BackboneConfig(Checked):
             over the images of all workers, also in the projection heads. "group" is GroupNorm, which normalises each
             image by itself, so that gradients do not depend on the number of workers.
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
-        weights: file of weights that training starts from, in any format that `raysl probe` reads; a path or a
-            URI. A run may also start from a finished run (its last checkpoint), RUN/checkpoints/step-NNN, or a
-            folder of `raysl export`. The encoder "random" then has these weights too. If the checkpoint
-            of a command is itself a weights file, this flag has no effect.
+        weights: file of weights that training starts from, in a format that `raysl probe` reads; a path or a URI. Also
+            a finished run (its last checkpoint), RUN/checkpoints/step-NNN, or a folder of `raysl export`. Where a
+            command has no training, as `raysl probe`, the encoder "random" has these weights, and they have no effect
+            on a weights file.
     """
 
     name: str = "small"

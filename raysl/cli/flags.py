@@ -23,8 +23,7 @@ _RECIPE = (
     "name of a published training recipe at full scale, such as pirl-r50-800ep; `raysl methods` lists them. Flags that "
     "you give override it."
 )
-_FOR_DATA = tyro.conf.arg(help_behavior_hint="(default: chosen from data and backbone)")
-_FOR_MACHINE = tyro.conf.arg(help_behavior_hint="(default: chosen from images and machine)")
+_CHOSEN = tyro.conf.arg(help_behavior_hint="(default: chosen by raysl, which prints it)")
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,9 @@ def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
 
 
 def _marked(name: str, hint: Any, value: Any, prefix: str = "") -> tuple[str, Any, Any]:
-    """Return a field of flags whose help names the defaults that `raysl.config.defaults` chooses from the data."""
+    """Return a field of flags whose help names the defaults that `raysl.config.defaults` chooses."""
     if f"{prefix}{name}" in defaults.CHOSEN:
-        chosen = _FOR_MACHINE if f"{prefix}{name}" in defaults.MACHINE_DEPENDENT else _FOR_DATA
-        return name, Annotated[hint, chosen], value
+        return name, Annotated[hint, _CHOSEN], value
     if not any(chosen.startswith(f"{name}.") for chosen in defaults.CHOSEN):
         return name, hint, value
     members = [(member, kind, getattr(value, member)) for member, kind in hints_of(type(value)).items()]

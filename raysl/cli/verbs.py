@@ -98,11 +98,13 @@ def _free_run(dest: str) -> str:
 
 @dataclass(frozen=True)
 class ProbeFlags:
-    """Evaluate the features of a run against its untrained backbone and raw pixels, or those of external weights.
+    """Evaluate the features of a run against its untrained backbone and raw pixels, or those of a weights file:
+    `raysl probe resnet50.pth --backbone resnet50 --out probes/resnet50 --train D --test D`.
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a weights file (with
-            --backbone.name and --out), or "random".
+        checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a folder of `raysl export`,
+            or "random"; or a weights file, with --backbone.name and --out: a state dict of PyTorch, a checkpoint
+            that holds one, or safetensors.
         train: labelled data that the probes learn from.
         test: labelled data on which the probes are scored.
         probes: names of probes: PROBES. docs/methods/probes.md describes them. Each probe has flags of its own, such as
@@ -112,8 +114,8 @@ class ProbeFlags:
         encoders: encoders of a run to measure: "trained", "random" (the untrained backbone), "pixels", and "momentum"
             (the moving average of the backbone that BYOL, MoCo and DINO keep).
         out: folder for the results and features; default: the folder of the run. Required if the model is not a run.
-        image_size: side of the view in pixels, for a model that is not a run; 0 for that of an export, 224 for other
-            weights, else 32.
+        image_size: side of the view in pixels, for a model that is not a run; 0 means the size that an export
+            states, 224 for other weights, and 32 for "random".
         backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
         seed: seed of "random", and of the probes of a weights file.
         bn_statistics: statistics of BatchNorm: "reestimated" on whole train images, without labels, or "kept" from

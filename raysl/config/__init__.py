@@ -60,13 +60,13 @@ class Pretraining(Checked):
         data: a data set made by `raysl ingest`, or any source that it reads, which is first ingested
             into ~/.cache/raysl or $RAYSL_CACHE.
         run: folder of the run, a path or a URI. The same command again continues an unfinished run.
-        method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them. It decides which
-            objective and transform have flags; help lists them for the method that is given.
+        method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them. Help lists the
+            flags of one method: `raysl pretrain --method simclr --help`.
         epochs: number of passes over the data set; it may be fractional.
         batch_size: images in the global batch, divided over the workers.
-        workers: number of training workers. 0 chooses the number for the machine (in Python, if `raysl.pretrain` gets
-            no `config`). A range such as 1:8 lets the number change during the run: as many workers as fit on the
-            cluster and divide the batch evenly.
+        workers: number of training workers. 0 lets raysl choose the number for the machine (for the scripts in
+            experiments/, 0 means without Ray). A range such as 1:8 lets the number change during the run: as many
+            workers as fit on the cluster and divide the batch evenly.
         seed: random seed of the run.
         precision: precision of the network's arithmetic; weights and losses stay float32.
         channels_last: store images and weights in memory with the channels last (NHWC), which most devices compute

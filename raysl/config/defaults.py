@@ -31,8 +31,6 @@ CHOSEN = frozenset(
     "optim.warmup optim.weight_decay pirl.head pirl.temperature pirl.num_negatives npid.head npid.temperature "
     "npid.num_negatives simclr.norm simclr.temperature jigsaw.grid".split()
 )
-# The fields of these for which it looks at the machine too.
-MACHINE_DEPENDENT = frozenset("backbone.name view.image_size workers batch_size precision".split())
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
 _MANY = 1 << 31
@@ -78,7 +76,7 @@ def choose_defaults(
         given: fields of `Pretraining` and of the method's parts by their names; nested mappings for nested classes.
         default_workers: number of workers that suits the machine.
         has_gpus: whether the machine or cluster has GPUs.
-        varied: dotted names of the fields that trials vary; they are chosen too, but not listed.
+        varied: dotted names of fields that are chosen too, but not listed, such as those that trials vary.
     """
     wanted, side = _without_auto_workers(given), short_side(dataset)
     images = _Images(dataset.num_images, side > SMALL_SIDE)

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -17,14 +17,14 @@ from rich.table import Table
 
 from raysl import ray_cluster
 from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig, methods
+from raysl.config import Pretraining, ViewConfig, defaults, methods
 from raysl.dataset import DataSet
 from raysl.diagnostics import gpu_check, machines
 from raysl.diagnostics.gpu_check import Certificate
 from raysl.diagnostics.machines import Fleet
 from raysl.diagnostics.measurement import measure_data, measure_training
 from raysl.diagnostics.prediction import Costs, Prediction, predict
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import open_or_ingest
 from raysl.model import Model
@@ -46,9 +46,10 @@ class DoctorConfig(CheckedTop):
     Args:
         data: a data set made by `raysl ingest`, or any source that it reads; shapes:2000 generates 2,000 images.
         method: an objective and a pretext transform, such as pirl-jigsaw.
-        view, backbone: as of `raysl pretrain`.
-        batch_size: images in the global batch.
-        workers: number of Ray Train workers; 0 takes as many as `raysl pretrain` would.
+        view, backbone: as of `raysl pretrain`. Photos need --image-size and --backbone too: without them, the doctor
+            measures the backbone "small" at 32 pixels, while `raysl pretrain` chooses more for them.
+        batch_size: images in the global batch; 0 takes as many as `raysl pretrain` would for these data.
+        workers: number of Ray Train workers; 0 takes as many as `raysl pretrain` would on this machine or cluster.
         cluster: measure nothing, but show the machines of the cluster, which of them the run would use, which it would
             wait for, what it would cost, and which machines run other code or packages.
         gpu: instead check and measure the GPUs of this machine with training steps of PIRL, ResNet-50 at 224 pixels. Of
@@ -63,7 +64,7 @@ class DoctorConfig(CheckedTop):
     method: str = "pirl-jigsaw"
     view: ViewConfig = field(default_factory=ViewConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    batch_size: Annotated[int, Bounds(1, 1_048_576)] = 64
+    batch_size: Annotated[int, Bounds(0, 1_048_576)] = 0
     workers: Annotated[int, Bounds(0, 10**6)] = 0
     cluster: bool = False
     gpu: bool = False
@@ -133,35 +134,38 @@ def examine(given: DoctorConfig) -> Report:
     ray_cluster.start()
     import ray
 
-    given = replace(given, workers=given.workers or cluster_placement.default_workers())
     resources: dict[str, float] = ray.cluster_resources()
-    found = versions()
+    found, there = versions(), cluster_placement.machines()
     dataset = open_or_ingest(given.data)
-    config = _pretraining(given, dataset)
-    placement = cluster_placement.make_placement(given.workers)
+    config = pretraining(given, dataset, cluster_placement.default_workers(there), there.has_gpus)
+    workers = int(config.workers)
+    placement = cluster_placement.make_placement(workers)
     if placement.gpus_per_worker:
         gpus.check(placement.gpus_per_worker, config.precision)
-    stream = Model.of(config, dataset).stream(dataset, placement.share, world=given.workers)
+    stream = Model.of(config, dataset).stream(dataset, placement.share, world=workers)
     _log.info(_text(_machine(found, resources, placement)))
     with tempfile.TemporaryDirectory() as folder:
         job = Job(config.to_json(), Run(Folder(folder)), dataset, placement)
-        costs = Costs(**measure_data(stream), **measure_training(job, given.workers))
-    prediction = predict(costs, placement, given.workers, given.batch_size, resources.get("CPU", 1.0))
-    _log.info(_text(_stages(costs, given)))
+        costs = Costs(**measure_data(stream), **measure_training(job, workers))
+    prediction = predict(costs, placement, workers, config.batch_size, resources.get("CPU", 1.0))
+    _log.info(_text(_stages(costs, config)))
     _log.info("%s", prediction)
     return Report(found, resources, placement, costs, prediction)
 
 
-def _pretraining(given: DoctorConfig, dataset: DataSet) -> Pretraining:
-    """Return the configuration of the run, with fewer negatives if the data set is small."""
-    method = methods.parse(given.method)
-    config_type, _ = methods.load_objective(method.objective)
-    wanted = getattr(config_type(), "num_negatives", 0)
-    part = {"num_negatives": max(1, dataset.num_images // 2)} if wanted >= dataset.num_images else {}
-    own = {
-        name: getattr(given, name) for name in ("data", "method", "batch_size", "workers", "view", "backbone")
-    }
-    return Pretraining(run="-", epochs=1, parts={method.objective: part}, **own)
+def pretraining(given: DoctorConfig, dataset: DataSet, default_workers: int, has_gpus: bool) -> Pretraining:
+    """Return the configuration that is measured: what is given, and for the rest what `raysl pretrain` would choose.
+
+    Args:
+        given: the flags; a batch size or a number of workers of 0 is chosen.
+        dataset: the images.
+        default_workers, has_gpus: of the machine, as for `raysl.config.defaults.choose_defaults`.
+    """
+    names = ("data", "method", "batch_size", "workers", "view", "backbone")
+    own = {name: value for name in names if (value := getattr(given, name)) != 0}
+    unlisted = defaults.CHOSEN - {"batch_size", "workers"}  # the doctor has no flags for them
+    wanted = {"run": "-", "epochs": 1, **own}
+    return defaults.choose_defaults(wanted, dataset, default_workers, has_gpus, unlisted)
 
 
 def _machine(found: Mapping[str, Any], resources: Mapping[str, float], placement: Placement) -> Table:
@@ -182,9 +186,10 @@ def _machine(found: Mapping[str, Any], resources: Mapping[str, float], placement
     return table
 
 
-def _stages(costs: Costs, given: DoctorConfig) -> Table:
-    local, size = given.batch_size // given.workers, given.view.image_size
-    title = f"{given.method}, {size} pixels, {given.workers} workers x {local} images"
+def _stages(costs: Costs, config: Pretraining) -> Table:
+    workers, size = int(config.workers), config.view.image_size
+    local = config.batch_size // workers
+    title = f"{config.method}, {size} pixels, {counted(workers, 'worker')} x {local} images"
     table = Table(title=escape(title))
     for column in ("stage", "us / image", "ms / step of one worker"):
         table.add_column(column, justify="left" if column == "stage" else "right")

@@ -49,7 +49,7 @@ class Flags:
         runs: folder of the runs, a path or a URI that all machines see; finished runs are not repeated.
         seeds: the experiment is repeated for each seed.
         workers: Ray Train workers of a run; 0 trains in this process, without Ray Train, as `raysl pretrain --local`
-            does. (A trial of a sweep then has one worker.)
+            does (for `raysl pretrain`, 0 lets raysl choose the number). A trial of a sweep then has one worker.
         local: not the --local of `raysl pretrain`: make everything so small that it takes minutes on two cores, with
             one seed unless seeds are given, and train in this process instead of on Ray Train. Runs and results go to
             a temporary folder unless folders are given.

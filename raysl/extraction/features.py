@@ -46,8 +46,8 @@ class FeaturesConfig:
         layer: "pooled" is the output of the backbone, conv1 and res2 to res5 are the stages of a ResNet; or the name of
             a module of the network. Feature maps are averaged over all positions; "res3:9216" instead averages them
             into a grid with at most 9216 numbers in total.
-        image_size: side of the view in pixels, at most 4096; 0 for that of a run or an export, 224 for other weights,
-            else 32.
+        image_size: side of the view in pixels, at most 4096; 0 means that of a run, the size that an export states, 224
+            for other weights, and 32 for "random" and "pixels".
         dtype: type of the stored numbers. A file with numbers above 65504, the largest float16, is stored as float32 in
             either case.
         l2: divide every row by its norm, as ClusterFit does before k-means.

@@ -26,8 +26,8 @@ class MemoryConfig(Checked):
         num_negatives: K, number of negatives for each image, less than the number of images (papers: 4,096 to 32,000
             for 1.28 million images).
         loss: "infonce" is a softmax over the K + 1 scores; "nce" is noise-contrastive estimation with K + 1 binary
-            decisions, as in NPID; "paper_h" is equations 3 and 4 of PIRL, with probabilities from one softmax over the
-            K + 1 scores.
+            decisions, as in NPID; "paper_h" is the loss as equations 3 and 4 of the PIRL paper print it (h is the
+            paper's letter for a probability), with probabilities from one softmax over the K + 1 scores.
         negatives: "shared" samples one set of negatives per step; "own" samples a set for each image, as the papers do.
         dim: D, number of dimensions of the embeddings.
         head: "linear" as in the papers; "mlp" with one hidden layer; "bn", linear on standardised features, which

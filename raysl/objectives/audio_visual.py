@@ -3,12 +3,13 @@
 Arandjelovic and Zisserman 2017, "Look, listen and learn" (arXiv 1705.08168), and 2018, "Objects that sound" (arXiv
 1712.06651). One network sees a frame, another hears a spectrogram of the second around it, and
 
-    L = -log p(y | frame, sound),  y = 1 for the sound of the frame and 0 for other sounds; both weigh the same.
+    L = -log p(y | frame, sound),  y = 1 for the sound of the frame and 0 for other sounds; both have the same weight.
 
 Other sounds come from the other clips of the batch, from another moment of the same clip, or both. "fused" classifies
 the concatenated embeddings (L3-Net). "distance" classifies the Euclidean distance of unit embeddings (AVE-Net), which
 makes them fit for retrieval. "map" compares the sound with every place of the frame and takes the best (AVOL-Net), and
-so learns where the sound comes from; results/video shows such maps. Correspondence of L3-Net on Flickr-SoundNet: 78 %.
+so learns where the sound comes from; results/video shows such maps. The published accuracy of
+L3-Net on Flickr-SoundNet is 78 %.
 
 With --audio-visual.loss infonce the frame picks its sound among the others (van den Oord et al. 2018, arXiv 1807.03748,
 eq. 4, over pairs as in Morgado et al. 2021, arXiv 2004.12943):

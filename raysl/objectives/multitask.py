@@ -7,7 +7,8 @@ decay.
 
 "multitask-rotation,jigsaw" names the tasks; "rotation+jigsaw" among them is one task. Each is predicted as by
 `predict`, with the Config of its own transform. Colorization shows gray images and the other tasks do not:
-`--multitask.gray` makes all views gray (use it with `--relative-position.color-drop none`, which is then superfluous).
+`--multitask.gray` makes all views gray. Then add `--relative-position.color-drop none`: gray images have no colors to
+drop.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Predict the label of the transform from the transformed image: the covariant use of a pretext task.
+"""Predict the label of the transform from the transformed image.
 
 With v_It the backbone's features of the transformed image and z the label of the transform, such as the number of the
 permutation,

@@ -1,8 +1,8 @@
 """Frame order: are three frames of a clip in the order of time, or into which order were n frames shuffled?
 
 "verify" is Shuffle and Learn (Misra, Zitnick and Hebert 2016, arXiv 1603.08561): five frames a < b < c < d < e are
-drawn where much moves. (b, c, d) is right; (b, a, d) and (b, e, d) are wrong, so the ends are the same and only the
-frame between them tells. Both directions of time count as right, and a wrong frame that looks like b or d is not taken.
+sampled where the motion is large. (b, c, d) is right; (b, a, d) and (b, e, d) are wrong, so only the middle frame
+differs. Both directions of time count as right, and a wrong frame that looks like b or d is not taken.
 "sort" is order prediction (Lee et al. 2017, arXiv 1708.01246): the label is the permutation of n frames, and a
 permutation and its reverse are one class. UCF101 with a CaffeNet from verification: 50.9 %, HMDB51 19.8 % (split 1).
 """

@@ -2,7 +2,7 @@
 
 Noroozi and Favaro 2016, with the geometry of PIRL (Misra and van der Maaten 2020): a crop of at least 60 % of the
 image at 255 pixels, nine cells of 85 pixels, and a patch of 64 pixels at a random position in each. Linear ImageNet
-top-1 of a ResNet-50: 45.7 % with predict, 63.6 % with PIRL.
+top-1 of a ResNet-50 in the PIRL paper: 45.7 % with predict, 63.6 % with PIRL.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ _INTRODUCTION = (
 )
 
 _EXPERIMENTAL = (
-    "Experimental: `results/` has no run of this objective that is better by kNN than the untrained backbone. It may "
+    "Experimental: no run of this objective in `results/` is clearly better by kNN than the untrained backbone. It may "
     "change or be removed in any version."
 )
 
@@ -43,6 +43,11 @@ _RECIPES = (
     "`raysl pretrain --recipe NAME` takes the hyperparameters of a published run. The accuracies are the published",
     "ones; raysl has not run these recipes.",
 )
+_COMBINED = (
+    "`raysl pretrain` refuses other combinations and says why. Several transforms may be joined: `rotation+jigsaw` "
+    "applies\none after the other, and `multitask-rotation,jigsaw` names several tasks."
+)
+_REFUSED = "[All combinations](README.md#combinations)."
 _PROBES = f"Measurements and protocols of the probes: [{PROBES}]({PROBES}.md)."
 
 _SEEN = (
@@ -91,6 +96,7 @@ def index() -> str:
             status = "Experimental. " if methods.is_experimental(name) else ""
             rows.append(f"| [{name}]({name}.md) | {status}{cell(combinations.summary(_load(name)[1]))} |")
         lines += [f"## {title}", "", "| name | description |", "|---|---|", *rows, ""]
+    lines += ["## Combinations", "", _COMBINED, "", *_combinations(), ""]
     rows = [f"| `{name}` | {cell(recipes.summary(name))} |" for name in recipes.names()]
     lines += ["## Recipes", "", *_RECIPES, ""]
     lines += ["| name | what it reproduces |", "|---|---|", *rows, ""]
@@ -160,14 +166,19 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _partners(name: str) -> str:
-    """Return the methods that contain a part, and the reasons for missing combinations."""
+    """Return the methods that contain a part."""
     if name in methods.objective_names():
-        answers = {f"{name}-{t}".rstrip("-"): _answer(name, t) for t in ("", *pretext.names())}
+        found = [f"{name}-{t}".rstrip("-") for t in ("", *pretext.names()) if _answer(name, t) == "yes"]
     else:
-        answers = {f"{o}-{name}": _answer(o, name) for o in methods.objective_names()}
-    reasons: dict[str, list[str]] = {"yes": []}
-    for method, answer in answers.items():
-        reasons.setdefault(answer, []).append(f"`{method}`")
-    text = f"Methods: {', '.join(reasons.pop('yes'))}."
-    refused = [f"- not {', '.join(found)}: {reason.rstrip('.')}." for reason, found in reasons.items()]
-    return "\n".join([text, "", *refused]) if refused else text
+        found = [f"{o}-{name}" for o in methods.objective_names() if _answer(o, name) == "yes"]
+    return f"Methods: {', '.join(f'`{method}`' for method in found)}. {_REFUSED}"
+
+
+def _combinations() -> list[str]:
+    """Return a table of the objectives and of what they combine with, in Markdown."""
+    rows = []
+    for name in methods.objective_names():
+        fitting = [t for t in pretext.names() if _answer(name, t) == "yes"]
+        every = "every one" if len(fitting) == len(pretext.names()) else ", ".join(fitting) or "none"
+        rows.append(f"| {name} | {'yes' if _answer(name, '') == 'yes' else 'no'} | {every} |")
+    return ["| objective | alone | with a transform |", "|---|---|---|", *rows]

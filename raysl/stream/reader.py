@@ -46,7 +46,8 @@ class StreamConfig(Checked):
         place: where decoded crops become views: "data" in the Ray Data tasks, "trainer" on the training device. Both
             give identical pixels.
         decode: "data": data tasks decode the files, on CPUs; "gpu": they send the files, and the GPU of the trainer
-            decodes them and makes the views, whatever `place` says. Pixels differ slightly, so a run cannot change it.
+            decodes them and makes the views, whatever `place` says. You cannot change this flag when you resume a run,
+            because the pixels differ slightly.
     """
 
     place: Literal["data", "trainer"] = "data"

@@ -43,10 +43,11 @@ class LocalConfig(Checked):
     """Train a run without Ray.
 
     Args:
-        local: train with one worker in this process and without Ray, which starts sooner. On a machine without a GPU
-            and with at most 8 CPUs, a run of one worker does so in any case; with RAY_ADDRESS=local it uses Ray. Ray
-            still starts if more than two shards are ingested first. The results equal those of one worker on Ray, bit
-            for bit, and a run may continue with or without Ray.
+        local: train with one worker in this process and without Ray, which starts sooner (for the scripts in
+            experiments/, --local means a small experiment). On a machine without a GPU and with at most 8 CPUs, a run
+            of one worker does so in any case; with RAY_ADDRESS=local it uses Ray. Ray still starts if more than two
+            shards are ingested first. The results equal those of one worker on Ray, bit for bit, and a run may continue
+            with or without Ray.
     """
 
     local: bool = False

@@ -55,8 +55,8 @@ class SweepConfig:
         gpus_per_worker: a value below 1 lets several small trainers share a GPU, where there are GPUs.
         share_stream: read, decode and augment images once for concurrent runs that need the same images in the same
             order.
-        lag: for optuna, the maximum number of trials at a time. The values of a trial depend only on the scores of the
-            trials that are at least this many places before it, so a repeated sweep chooses the same values.
+        lag: for optuna: maximum number of trials that run at once. Optuna chooses the values of a trial without the
+            scores of the LAG - 1 trials before it, so that a repeated sweep chooses the same values.
         seed: seed of the searcher and the scheduler.
         retry: run again the trials that failed in an earlier session of the sweep.
     """

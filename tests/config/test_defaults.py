@@ -154,7 +154,7 @@ def test_help_says_which_defaults_are_chosen(capsys: pytest.CaptureFixture[str])
     def chosen(*flags: str) -> int:
         with pytest.raises(SystemExit):
             parse([*flags, "--help"], "raysl pretrain")
-        return re.sub(r"[\s│]+", " ", capsys.readouterr().out).count("(default: chosen from")
+        return re.sub(r"[\s│]+", " ", capsys.readouterr().out).count("(default: chosen by raysl")
 
     of_other_methods = ("npid.", "simclr.")
     assert chosen() == len([name for name in defaults.CHOSEN if not name.startswith(of_other_methods)])

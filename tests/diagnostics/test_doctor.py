@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raysl.diagnostics import DoctorConfig, examine
+from raysl.config import defaults
+from raysl.diagnostics import DoctorConfig, examine, pretraining
 from raysl.diagnostics.prediction import Costs, predict
 from raysl.errors import UserError
 from raysl.ray_cluster.placement import Placement
@@ -100,3 +101,13 @@ def test_impossible_runs_are_refused(ray_session: None, tmp_path: Path) -> None:
 def test_an_unknown_method_is_refused_at_once() -> None:
     with pytest.raises(UserError, match="Unknown method 'nosuch'"):
         DoctorConfig(method="nosuch")
+
+
+def test_it_measures_the_workers_and_the_batch_that_pretrain_chooses(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 100, side=32)
+    data = str(tmp_path / "set")
+    made = pretraining(DoctorConfig(data), dataset, 1, has_gpus=False)
+    assert made == defaults.choose_defaults({"data": data, "run": "-", "epochs": 1}, dataset, 1, False)
+    assert (made.workers, made.batch_size) == (1, 16)
+    given = pretraining(DoctorConfig(data, batch_size=64, workers=2), dataset, 1, has_gpus=False)
+    assert (given.workers, given.batch_size) == (2, 64)

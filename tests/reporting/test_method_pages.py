@@ -58,14 +58,16 @@ def test_a_page_says_what_its_part_is_and_does() -> None:
     assert "--method predict-jigsaw\n" in page
     assert "| `--jigsaw.num-permutations` | `None` | size of the permutation set." in page
     assert "`pirl-jigsaw`" in page
-    assert "not `npid-jigsaw`" in page
+    assert "`npid-jigsaw`" not in page
+    assert "| npid | yes | none |\n" in method_pages.index()
+    assert "| cpc | no | patch_grid |\n" in method_pages.index()
     assert "- `--recipe pirl-r50-800ep`: PIRL with a jigsaw" in page
     assert "`--pirl.lam`" in method_pages.page("pirl")
     assert "| `--frame-order.task` | `verify` |" in method_pages.page("frame_order")
     # From the Config that this one is made from.
     assert (
-        "| `--pirl.temperature` | (chosen from the data) | softmax temperature tau, > 0; scores are divided by it. |"
-        in method_pages.page("pirl")
+        "| `--pirl.temperature` | `0.07` or [chosen by raysl](../design.md#defaults-that-raysl-chooses) | softmax "
+        "temperature tau, > 0; scores are divided by it. |" in method_pages.page("pirl")
     )
 
 

@@ -1,4 +1,4 @@
-"""Rotation prediction (RotNet), ResNet-50, 105 epochs of ImageNet: 48.2 % top-1 of a linear probe.
+"""Rotation prediction (RotNet), ResNet-50, 105 epochs of ImageNet: 48.2 % top-1 of a linear probe (VISSL).
 
 Gidaris, Singh and Komodakis, arXiv 1803.07728, on a ResNet; configuration and result are VISSL's. The PIRL paper
 compares with 48.9 %.
