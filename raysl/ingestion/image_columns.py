@@ -50,15 +50,18 @@ def find(table: tables.Table, folder: str, path: str, wanted: str) -> tuple[str,
     Raises:
         UserError: the column is not there, or holds no images.
     """
-    column, is_file_name = _column(table, folder, path, wanted)
-    return column, is_file_name, places_of(folder, _names(table, column), path) if is_file_name else ()
+    column, is_file_name, places = _column(table, folder, path, wanted)
+    if is_file_name and not places:
+        places = places_of(folder, _names(table, column), path)
+    return column, is_file_name, places
 
 
 def _names(table: tables.Table, column: str) -> Iterator[str]:
     return chain.from_iterable(map(names_in, table.column(column)))
 
 
-def _column(table: tables.Table, folder: str, path: str, wanted: str) -> tuple[str, bool]:
+def _column(table: tables.Table, folder: str, path: str, wanted: str) -> tuple[str, bool, tuple[Place, ...]]:
+    """Return what `find` returns; the places are given only if the column was found by them."""
     schema = table.schema
     in_bytes = encoded(schema)
     # The columns of a table of text without rows have no type.
@@ -67,20 +70,20 @@ def _column(table: tables.Table, folder: str, path: str, wanted: str) -> tuple[s
     numbers = [field.name for field in schema if pa.types.is_integer(field.type)]
     if wanted:
         if wanted in (*in_bytes, *texts, *numbers):
-            return wanted, wanted not in in_bytes
+            return wanted, wanted not in in_bytes, ()
         raise UserError(
             f"The column {wanted!r}, which --image-column names, holds no images in {path!r}. The columns that may "
             f"are {join_names((*in_bytes, *texts)) or 'none'}."
         )
     named = [name for name in (*_IMAGE_NAMES, *_VIDEO_NAMES) if name in in_bytes]
     if named or len(in_bytes) == 1:
-        return (named or in_bytes)[0], False
+        return (named or in_bytes)[0], False, ()
     if (files := tables.file_column(texts)) and not in_bytes:
-        return files, True
+        return files, True, ()
     for name in (*texts, *numbers):
         may_be = name.lower() in tables.ID_NAMES or tables.file_column([name])
-        if may_be and not in_bytes and places_of(folder, _names(table, name), path):
-            return name, True
+        if may_be and not in_bytes and (places := places_of(folder, _names(table, name), path)):
+            return name, True, places
     header = ""
     if any(kind_of(name) == IMAGE for name in schema.names):
         header = " The first line of a table of text must name the columns."

@@ -60,6 +60,8 @@ def places_of(folder: str, names: Iterable[str], table: str = "") -> tuple[Place
                 whole = file.path.rpartition("/")[2]
                 for short in (whole, os.path.splitext(whole)[0]):
                     by_name.setdefault(short, []).append(file.path)
+    if not by_name:
+        return ()
     found = [_places(name, by_name) for name in map(tables.normal, chain(first, names))]
     known = {places[0] for places in found if len(places) == 1}
     if not known:

@@ -161,7 +161,9 @@ class Source:
         first = self._columns[0]
         for file, columns in zip(self._files[1:], self._columns[1:], strict=True):
             disagree = f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree"
-            if columns[:2] + columns[3:4] + columns[5:6] != first[:2] + first[3:4] + first[5:6]:
+            if columns != first._replace(
+                names=columns.names, constant=columns.constant, places=columns.places
+            ):
                 raise UserError(
                     f"{disagree}: {_told(first)} in the first, {_told(columns)} in the second. Name the columns that "
                     "all tables have with --image-column and --label-column, use --labels none, or ingest them apart."
