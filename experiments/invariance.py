@@ -11,25 +11,31 @@ PIRL (Misra and van der Maaten 2020), figure 5. See the figures invariance and i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
+from raysl.probes.invariance import Config as Invariance
 
 
 @dataclass(frozen=True)
 class InvarianceFlags(ComparisonFlags):
-    """Pretrain missing runs, measure invariance, and draw histograms and a map of transforms and layers."""
+    """Pretrain missing runs, measure invariance, and draw histograms and a map of transforms and layers.
+
+    Args:
+        invariance: protocol of the measure; the runs of PIRL learn from a jigsaw of 2 by 2 patches.
+    """
 
     out: str = "results/invariance"
     methods: tuple[str, ...] = ("predict-jigsaw", "pirl-jigsaw")
+    invariance: Invariance = field(default_factory=lambda: Invariance(grid=2))
 
 
 def main(flags: InvarianceFlags) -> None:
     """Print the table and write the report."""
     flags = small(flags)
     runs = trained(flags, ["invariance"])
-    measured(runs, flags, ["invariance"], layers=["all"])
+    measured(runs, flags, ["invariance"], layers=["all"], configs={"invariance": flags.invariance})
     reported(runs, flags, ["invariance"])
 
 

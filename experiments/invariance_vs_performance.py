@@ -11,13 +11,14 @@ ClusterFit (Yan et al. 2020) clusters the features of the first method. The pict
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysl.evaluation.results import rows_of_probe
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.ingestion import open_or_ingest, splits
+from raysl.probes.invariance import Config as Invariance
 from raysl.reporting.report_runs import LabelledRow, groups
 from raysl.reporting.run_figures import colors
 from raysl.reporting.tables import estimates
@@ -27,10 +28,15 @@ from raysl.storage import Folder
 
 @dataclass(frozen=True)
 class ScatterFlags(ComparisonFlags):
-    """Pretrain missing runs, measure invariance and accuracy, and draw a scatter plot."""
+    """Pretrain missing runs, measure invariance and accuracy, and draw a scatter plot.
+
+    Args:
+        invariance: protocol of the measure; the runs of PIRL learn from a jigsaw of 2 by 2 patches.
+    """
 
     out: str = "results/invariance_vs_performance"
     methods: tuple[str, ...] = ("predict-jigsaw", "clusterfit", "pirl-jigsaw")
+    invariance: Invariance = field(default_factory=lambda: Invariance(grid=2))
 
 
 def main(flags: ScatterFlags) -> None:
@@ -38,27 +44,28 @@ def main(flags: ScatterFlags) -> None:
     flags = replace(small(flags), teacher=flags.methods[0])
     names = ["linear", "invariance"]
     runs = trained(flags, names)
-    measured(runs, flags, names)
+    measured(runs, flags, names, configs={"invariance": flags.invariance})
     reported(runs, flags, names)
     data = [open_or_ingest(split).manifest.fingerprint for split in splits(flags.data)]
-    Folder(flags.out).write("scatter.png", scatter(runs, *data))
+    Folder(flags.out).write("scatter.png", scatter(runs, *data, flags.invariance))
 
 
-def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
+def scatter(runs: Sequence[Run], train: str, test: str, invariance: Invariance) -> bytes:
     """Return a PNG of linear top-1 against the invariance of pooled features: a large dot for a method, small ones for
     its seeds.
 
     Args:
         train: fingerprint of the train set of the linear probe.
         test: fingerprint of the test set of both probes.
+        invariance: protocol of the invariance.
     """
     from raysl.reporting.figure import plot_png
 
     rows = []
     for group in groups([str(run.folder) for run in runs]):
         for member in group.runs:
-            for name in ("linear", "invariance"):
-                kept = rows_of_probe(member.run, name, train, test, step=member.run.newest().step)
+            for name, config in (("linear", None), ("invariance", invariance)):
+                kept = rows_of_probe(member.run, name, train, test, config, step=member.run.newest().step)
                 names = {"trained": group.label, "random": "untrained"}  # pixels have no invariance
                 rows += [
                     LabelledRow(names[row["encoder"]], row)

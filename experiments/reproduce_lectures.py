@@ -28,6 +28,7 @@ import sweep_pirl
 import uncurated
 import which_transforms
 
+from raysl import plugins
 from raysl.checkpoint import newest_step
 from raysl.evaluation.results import protocol_hash, rows_of
 from raysl.experiment import lectures
@@ -44,6 +45,8 @@ from raysl.storage import Folder
 
 COMPARED = ("predict-jigsaw", "pirl-jigsaw", "predict-rotation", "pirl-rotation", "pirl-rotation+jigsaw")
 WIDTHS = ("narrow", "usual")
+# Augmentations that SimCLR goes without, one at a time.
+LEFT_OUT = ("crops", "jitter")
 # Share of the images that a short run sees, for the claim about saturation.
 SHORT = 0.1
 
@@ -86,23 +89,38 @@ def _compare(flags: LectureFlags, out: str) -> None:
 
 def _transforms(flags: LectureFlags, out: str) -> None:
     given = _common(flags, which_transforms.TransformFlags, out=out)
-    which_transforms.main(replace(given, runs=f"{flags.runs}/transforms"))
+    given = replace(given, runs=f"{flags.runs}/transforms")
+    runs = [
+        which_transforms.run_of(given, "simclr", left_out, seed)
+        for left_out in ("", *LEFT_OUT)
+        for seed in flags.seeds
+    ]
+    measured(runs, given, ["knn"])
 
 
 def _saturation(flags: LectureFlags, out: str) -> None:
-    given = _common(flags, saturation.SaturationFlags, out=out, methods=("pirl-jigsaw",), widths=WIDTHS)
-    saturation.main(replace(given, runs=f"{flags.runs}/saturation", sizes=_sizes(flags)))
+    given = _common(flags, saturation.SaturationFlags, out=out)
+    few, every = _sizes(flags)
+    # The smallest size limits the number of negatives of all runs.
+    given = replace(given, runs=f"{flags.runs}/saturation", sizes=(few, every))
+    runs = [
+        saturation.run_of(given, "pirl-jigsaw", width, size, seed)
+        for width, size in (("usual", every), ("usual", few), ("narrow", every))
+        for seed in flags.seeds
+    ]
+    measured(runs, given, ["knn"])
 
 
-def _sweep(figure: Any) -> Callable[[LectureFlags, str], None]:
+def _sweep(figure: Any, values: tuple[float, ...]) -> Callable[[LectureFlags, str], None]:
     def run(flags: LectureFlags, out: str) -> None:
-        train = open_or_ingest(splits(flags.data)[0]).num_images
-        images = min(8000, train)
-        given = _common(flags, sweep_pirl.SweepFlags, out=out, figure=figure)
-        given = replace(
-            given, runs=f"{flags.runs}/sweep", workers=1, images=images, epochs=flags.images / images
+        images = min(8000, open_or_ingest(splits(flags.data)[0]).num_images)
+        fitting = tuple(value for value in values if figure != "negatives" or value < images)
+        given = _common(flags, sweep_pirl.SweepFlags, out=out, figure=figure, values=fitting)
+        # Two runs of one thread are faster on two cores than one of two.
+        given = replace(given, workers=1, max_concurrent=2, share_stream=False)
+        sweep_pirl.main(
+            replace(given, runs=f"{flags.runs}/sweep", images=images, epochs=flags.images / images)
         )
-        sweep_pirl.main(given)
 
     return run
 
@@ -120,8 +138,10 @@ def _uncurated(flags: LectureFlags, out: str) -> None:
 
 def _detection(flags: LectureFlags, out: str) -> None:
     if flags.detection:
-        config = Detection(data=flags.detection)
-        detection.main(_common(flags, detection.DetectionFlags, out=out, detection=config))
+        # The published schedule takes hours for each run without a GPU.
+        config = Detection(data=flags.detection, epochs=6, batch_size=8, sides=(96,), width=64)
+        methods = ("pirl-jigsaw",)
+        detection.main(_common(flags, detection.DetectionFlags, out=out, methods=methods, detection=config))
 
 
 EXPERIMENTS: dict[str, Callable[[LectureFlags, str], None]] = {
@@ -137,9 +157,9 @@ EXPERIMENTS: dict[str, Callable[[LectureFlags, str], None]] = {
     ),
     "two_tasks": lambda flags, out: multitask.main(_common(flags, multitask.TaskFlags, out=out)),
     "uncurated": _uncurated,
-    "lambda": _sweep("lambda"),
-    "negatives": _sweep("negatives"),
-    "permutations": _sweep("permutations"),
+    "lambda": _sweep("lambda", (0, 0.5, 1)),
+    "negatives": _sweep("negatives", (64, 4096)),
+    "permutations": _sweep("permutations", (1, 362_880)),
     "label_noise": _noise,
     "transforms": _transforms,
     "saturation": _saturation,
@@ -198,12 +218,11 @@ def rows(flags: LectureFlags, out: Folder) -> list[dict[str, Any]]:
 def _places(flags: LectureFlags) -> dict[str, tuple[str, ...]]:
     """Return the methods of the runs in each folder of the runs."""
     few, every = _sizes(flags)
-    left_out = which_transforms.TransformFlags().without
     return {
         "": (*COMPARED, "clusterfit", *multitask.TaskFlags().methods),
         "uncurated": COMPARED[:2],
         "short": ("pirl-jigsaw",),
-        **{f"transforms/{name}": ("simclr",) for name in ("all", *(f"without-{one}" for one in left_out))},
+        **{f"transforms/{name}": ("simclr",) for name in ("all", *(f"without-{one}" for one in LEFT_OUT))},
         **{f"saturation/{width}-{size}": ("pirl-jigsaw",) for width in WIDTHS for size in (few, every)},
     }
 
@@ -236,4 +255,6 @@ def page(flags: LectureFlags, sets: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    # Before Ray starts: its processes build the backbones of that file too.
+    plugins.trust(plugins.remembered(saturation.__file__))
     command(main, LectureFlags)

@@ -62,6 +62,7 @@ class SweepFlags(Flags):
         figure: "lambda", "negatives" or "permutations" for an ablation of the paper; "all" for its four
             hyperparameters, drawn at random and stopped by ASHA; "recipe" for ten in the same way, and "chosen" for the
             one trial to compare them with. The last two need --scale small.
+        values: values of the hyperparameter of "lambda", "negatives" or "permutations"; empty for those of the paper.
         samples: number of trials of "all" and "recipe".
         images: number of images of the train split to learn from.
         epochs: visits to every image.
@@ -80,6 +81,7 @@ class SweepFlags(Flags):
     runs: str = "runs/sweep-pirl"
     workers: int = 1
     figure: Literal["all", "lambda", "negatives", "permutations", "recipe", "chosen"] = "all"
+    values: tuple[float, ...] = ()
     samples: int = 8
     images: int = 10_000
     epochs: float = 9
@@ -195,8 +197,10 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
         )
     grids = {**GRIDS, "negatives": f"num_negatives={','.join(map(str, negatives))}"}
     vary = (grids[flags.figure],)
-    if flags.local and flags.figure != "chosen":
-        name, _, values = vary[0].partition("=")
+    name, _, values = vary[0].partition("=")
+    if flags.values:
+        vary = (f"{name}={','.join(f'{value:g}' for value in flags.values)}",)
+    elif flags.local and flags.figure != "chosen":
         vary = (f"{name}={','.join(values.split(',')[1:3])}",)
     return SweepConfig("-", vary, seeds=flags.seeds)
 

@@ -40,6 +40,7 @@ from raysl.errors import UserError
 from raysl.extraction import Heads, heads
 from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
+from raysl.pretext.jigsaw import Config as Jigsaw
 from raysl.probes import Labelled, Row, Settings, Subject, check_features, field_values, primary
 from raysl.probes._task import TaskProbe
 from raysl.probes.linear import Config as LinearConfig
@@ -63,7 +64,8 @@ class Config(Settings):
     """Protocol of the measure of invariance.
 
     Args:
-        transforms: names of pretext transforms, with their default hyperparameters.
+        transforms: names of pretext transforms, with their default hyperparameters but for the grid.
+        grid: cells per side of the jigsaw. If the runs learned from a jigsaw, give the grid of theirs.
         max_images: largest number of test images, sampled at random.
         others: number of other images that each original is compared with, sampled at random.
         readout: protocol of the classifier that predicts the label of a transform.
@@ -73,6 +75,7 @@ class Config(Settings):
 
     version: ClassVar[int] = 3
     transforms: tuple[str, ...] = ("jigsaw", "rotation", "colorization", "inpainting")
+    grid: Annotated[int, Bounds(2, 16)] = 3
     max_images: Annotated[int, Bounds(4, 10**9)] = 2000
     others: Annotated[int, Bounds(1, 10**6)] = 64
     readout: LinearConfig = field(default_factory=lambda: LinearConfig(dims=0))
@@ -81,13 +84,20 @@ class Config(Settings):
     def settings(self) -> dict[str, Any]:
         """Return the settings with the hyperparameters of the transforms. Raises UserError if one does not exist."""
         parts = sorted({part.strip() for spec in self.transforms for part in spec.split("+")})
-        defaults = {name: asdict(pretext.load(name)[0]()) for name in parts}
+        given = self.hyperparameters()
+        used = {name: asdict(given.get(name) or pretext.load(name)[0]()) for name in parts}
         # These names are part of the protocol hash: "dials", and fields with the spelling of its first version.
         spelled = {
             name: {key.replace("color", "colour"): value for key, value in fields.items()}
-            for name, fields in defaults.items()
+            for name, fields in used.items()
         }
-        return field_values(self) | {"dials": spelled}
+        values = field_values(self)
+        del values["grid"]  # It is one of the hyperparameters.
+        return values | {"dials": spelled}
+
+    def hyperparameters(self) -> dict[str, Jigsaw]:
+        """Return the hyperparameters by transform; a missing transform has its defaults."""
+        return {"jigsaw": Jigsaw(grid=self.grid)}
 
 
 class Invariance(TaskProbe[Config]):
@@ -119,7 +129,8 @@ class Invariance(TaskProbe[Config]):
     def transforms(self, subject: Subject) -> dict[str, Pretext]:
         """Return the transforms by name. Raises UserError as `examine`."""
         geometry = Geometry(subject.image_size, predicted=True, seed=subject.seed)
-        return {name: pretext.build(name, {}, geometry) for name in self.config.transforms}
+        hyperparameters = self.config.hyperparameters()
+        return {name: pretext.build(name, hyperparameters, geometry) for name in self.config.transforms}
 
     def rows(self, subject: Subject) -> list[Row]:
         """Return the rows, and write the histogram. Raises UserError if the features are not finite."""

@@ -140,6 +140,15 @@ def test_hyperparameters_of_transforms_are_part_of_the_protocol() -> None:
     settings = invariance.Config(("rotation+jigsaw",)).settings()
     assert set(settings["dials"]) == {"jigsaw", "rotation"}
     assert settings["dials"]["jigsaw"]["min_scale"] == 0.6
+    other = invariance.Config(("rotation+jigsaw",), grid=2).settings()
+    assert other["dials"]["jigsaw"].pop("grid") == 2 != settings["dials"]["jigsaw"].pop("grid")
+    assert other == settings
+
+
+def test_the_jigsaw_has_the_given_grid(tmp_path: Path) -> None:
+    config = invariance.Config(("jigsaw",), grid=2, readout=Linear("fast", dims=0))
+    found, _ = measured(tmp_path, config, "color")
+    assert found["color", "chance/jigsaw"] == pytest.approx(1 / 24)
 
 
 def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_path: Path) -> None:
