@@ -46,8 +46,8 @@ def main(flags: ScatterFlags) -> None:
     runs = trained(flags, names)
     measured(runs, flags, names, configs={"invariance": flags.invariance})
     reported(runs, flags, names)
-    data = [open_or_ingest(split).manifest.fingerprint for split in splits(flags.data)]
-    Folder(flags.out).write("scatter.png", scatter(runs, *data, flags.invariance))
+    train, test = (open_or_ingest(split).manifest.fingerprint for split in splits(flags.data))
+    Folder(flags.out).write("scatter.png", scatter(runs, train, test, flags.invariance))
 
 
 def scatter(runs: Sequence[Run], train: str, test: str, invariance: Invariance) -> bytes:

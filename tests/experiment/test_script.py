@@ -187,6 +187,13 @@ def test_sweeps_compare_trials_on_train_images_that_were_not_drawn(tmp_path: Pat
     assert held_out(flags, dataset) == ""
 
 
+def test_the_sweep_of_pirl_takes_values_in_place_of_those_of_the_paper() -> None:
+    module = script(next(file for file in SCRIPTS if file.stem == "sweep_pirl"))
+    flags = module.SweepFlags(figure="negatives", values=(64, 4096))
+    assert module.settings(flags, 8000).vary == ("num_negatives=64,4096",)
+    assert module.settings(replace(flags, values=()), 1000).vary == ("num_negatives=64,256",)
+
+
 def test_splits(tmp_path: Path) -> None:
     folder = str(make_dataset(tmp_path / "set", 4).folder)
     assert splits("shapes:50") == ("shapes:50#train", "shapes:1000#test")
@@ -207,4 +214,4 @@ def test_raw_pixels_are_no_seed_of_the_untrained_backbone_in_the_scatter(tmp_pat
         if (probe, of.get("encoder")) != ("invariance", "pixels")
     ]
     write_rows(run.folder, rows)
-    assert module.scatter([run], "t", "u").startswith(b"\x89PNG")
+    assert module.scatter([run], "t", "u", Invariance()).startswith(b"\x89PNG")
