@@ -292,7 +292,7 @@ def sweep(
     """
     from raysl.tuning.config import SweepConfig as Config
 
-    own, of_runs = sweep_and_run(sweep, data, base, fields)
+    own, of_runs, chosen_from = sweep_and_run(sweep, data, base, fields)
     settings = configure(Config, config, {**own, **given(test=test, out=out, vary=varied(vary))})
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
@@ -303,7 +303,7 @@ def sweep(
         return names
 
     learner = run_config(data, "-", base, of_runs, check=checked, out=settings.out)
-    return tuning.sweep(learner, settings)
+    return tuning.sweep(learner, settings, chosen_from)
 
 
 @console.prints_start_line

@@ -95,7 +95,7 @@ def run_config(
     from raysl.config import Pretraining, defaults
 
     base = config if isinstance(config, Mapping) else {}
-    values = _named({**base, **given(data=data, run=run), **fields})
+    values = named_fields({**base, **given(data=data, run=run), **fields})
     trains = check is None
     if local:
         from raysl.training import in_process
@@ -252,7 +252,7 @@ def unseen(asked: Pretraining) -> list[str]:
     return [name for name in defaults.CHOSEN if name.partition(".")[0] not in seen]
 
 
-def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
+def named_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields with mappings for backbone, optimiser and view, and names in the place of the user's functions."""
     values, view = dict(fields), fields.get("view")
     if "image_size" in values and (view is None or isinstance(view, Mapping)):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raysl import plugins
-from raysl.api.arguments import ONE_SOURCE, configure, uri
+from raysl.api.arguments import ONE_SOURCE, configure, named_fields, uri
 from raysl.errors import UserError, quoted
 
 if TYPE_CHECKING:
@@ -70,8 +70,10 @@ def sweep_and_run(
     data: Any,
     base: Pretraining | Mapping[str, Any] | None,
     fields: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """Return the fields of a sweep, and the fields of its runs; a name that both have is one of the sweep.
+
+    The third value is the fields of the runs with those of `base`; None if `base` is a whole configuration.
 
     Raises UserError if a field is one of neither, `data` is a configuration, or a plugin of the runs cannot be loaded.
     """
@@ -88,7 +90,8 @@ def sweep_and_run(
     plugins.add_and_trust(given.get("plugin", ()))  # The configuration of a sweep looks for its probe.
     check_names(function, base if isinstance(base, Whole) else None, given, own)
     of_sweep = {name: value for name, value in fields.items() if name in own}
-    return {name: uri(value) if name in ONE_SOURCE else value for name, value in of_sweep.items()}, of_runs
+    own_values = {name: uri(value) if name in ONE_SOURCE else value for name, value in of_sweep.items()}
+    return own_values, of_runs, None if isinstance(base, Whole) else named_fields(given)
 
 
 def varied(vary: str | Sequence[str] | Mapping[str, Any] | None) -> tuple[str, ...] | None:

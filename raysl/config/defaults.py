@@ -91,11 +91,33 @@ def choose_defaults(
         )
     for choice in listed:
         _log.info("%s", choice)
-    if several:
-        _log.info(
-            "Each method of the sweep has the hyperparameters of its paper, not those that suit these images."
-        )
     return _completed(wanted, choices)
+
+
+def choose_for_methods(
+    given: Mapping[str, Any], dataset: DataSet, base: Pretraining, names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Return what suits the images for each of several methods alone, by dotted names of fields.
+
+    Args:
+        given: as in `choose_defaults`.
+        base: the configuration that `choose_defaults` has returned. Other methods take its number of negatives.
+        names: names of the methods.
+    """
+    images = _Images(dataset.num_images, short_side(dataset) > SMALL_SIDE)
+    has_negatives = any(hasattr(part, "num_negatives") for part in base.parts.values())
+    found: dict[str, dict[str, Any]] = {}
+    _log.info("Chosen for each method, besides what is given or varied:")
+    for name in names:
+        found[name] = {
+            choice.name: choice.value
+            for choice in _of_method_and_images(name, images)
+            if not _contains(given, choice.name)
+            and not (has_negatives and choice.name.endswith(".num_negatives"))
+        }
+        chosen = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in found[name].items())
+        _log.info("  %s: %s", name, chosen or "the values of its class")
+    return found
 
 
 def possible_configs(given: Mapping[str, Any]) -> list[Pretraining]:
@@ -228,8 +250,8 @@ def _choices(
         yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(num_images, workers, most=64 if photos and not has_gpus else 256)
     yield from _of_optimiser(given)
-    own = [*_of_method(method, num_images), *(() if photos else _of_short_runs(method))]
-    # Where trials compare methods, each has the defaults of its class; only the negatives of the first suit the images.
+    own = _of_method_and_images(method, images)
+    # For several methods, `choose_for_methods` chooses the rest.
     yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
 
 
@@ -265,6 +287,12 @@ def _batch_size(num_images: int, workers: int | str, most: int) -> Choice:
         size //= 2
     size = max(least, size - size % least)
     return Choice("batch_size", size, "few images" if size < most else "")
+
+
+def _of_method_and_images(name: str, images: _Images) -> Iterator[Choice]:
+    yield from _of_method(name, images.num_images)
+    if not images.are_photos:
+        yield from _of_short_runs(name)
 
 
 def _of_method(name: str, num_images: int) -> Iterator[Choice]:

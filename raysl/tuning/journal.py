@@ -68,6 +68,11 @@ class Journal:
         """The first row; empty when nothing was written yet."""
         return self.rows[0] if self.rows else {}
 
+    @property
+    def method_values(self) -> dict[str, dict[str, Any]]:
+        """Values of the trials of each method; see `raysl.tuning.preparation.TrialContext`."""
+        return dict(self.header.get("method_values", {}))
+
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row. The file is written as a whole, so that it never ends in half a row.
 

@@ -13,6 +13,7 @@ import numpy as np
 from raysl import probes, ray_cluster, rng
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, run_folder
+from raysl.config.defaults import choose_for_methods
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
 from raysl.evaluation.evaluate import check_data, probe
@@ -30,7 +31,7 @@ from raysl.storage import Folder
 from raysl.tuning import algorithms
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.results import described
-from raysl.tuning.space import Space, Values, apply_values, space
+from raysl.tuning.space import Space, Values, apply_values, space, with_method_values
 
 # Without --validation, one labelled image in ten is held out, if the labelled data take no more bytes than this.
 _HELD_OUT = 10
@@ -52,6 +53,8 @@ class TrialContext:
     trials_at_once: int  # trials at the same time
     seeds_at_once: int  # runs of one trial at the same time
     placement: Placement  # CPUs and GPUs of the trainers of a run
+    # Values of the trials of each method, where the method varies; what a trial varies wins.
+    method_values: Mapping[str, Values] = field(default_factory=dict)
     keep_rungs: bool = True  # keep the checkpoints of the last two rungs, so that other trials can copy them
     # Results of earlier sessions by trial name and rung, which are not measured again.
     known: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
@@ -71,6 +74,10 @@ class TrialContext:
         one = self.base.worker_counts() == (1,) and self.seeds_at_once == 1
         frozen = not hasattr(probes.load(self.probe)[1], "examine")
         return one and frozen and self.images.folder.is_local
+
+    def config_of(self, values: Values) -> Pretraining:
+        """Return the configuration of a trial. Raises UserError as `apply_values`."""
+        return apply_values(self.base, with_method_values(values, self.method_values))
 
     def resources(self) -> dict[str, float]:
         """Return the resources of the actor of a trial.
@@ -166,13 +173,29 @@ def check_and_list_points(base: Pretraining, config: SweepConfig) -> tuple[Space
     return space_, points
 
 
-def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
-    """Check a sweep and divide the cluster among its runs. Raise UserError if it cannot run."""
+def prepare(
+    base: Pretraining,
+    config: SweepConfig,
+    given: Mapping[str, Any] | None = None,
+    method_values: Mapping[str, Values] | None = None,
+) -> PreparedSweep:
+    """Check a sweep and divide the cluster among its runs. Raise UserError if it cannot run.
+
+    Args:
+        given: the fields that the user gives; each method gets what suits the images for the others. None: every method
+            has the values of its class.
+        method_values: the values of each method, if they are known; see `TrialContext`.
+    """
     space_, points = check_and_list_points(base, config)
     num_trials = len(space_.grid()) if config.searcher == "grid" else config.samples
-    context, test = make_trial_context(base, config, points, num_trials, config.shares())
+    names = next((dimension.values for dimension in space_.dimensions if dimension.name == "method"), ())
+    if method_values is None:
+        images = open_or_ingest(base.data)
+        method_values = choose_for_methods(given, images, base, names) if names and given is not None else {}
+    whole = [with_method_values(point, method_values) for point in points]
+    context, test = make_trial_context(base, config, whole, num_trials, config.shares())
     # Only population based training copies checkpoints.
-    context = replace(context, keep_rungs=config.scheduler == "pbt")
+    context = replace(context, keep_rungs=config.scheduler == "pbt", method_values=method_values)
     return PreparedSweep(config, space_, num_trials, test, context)
 
 

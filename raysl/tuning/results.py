@@ -17,7 +17,7 @@ from raysl.evaluation.results import margin
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME, Journal
-from raysl.tuning.space import Dimension, Space, Values, apply_values
+from raysl.tuning.space import Dimension, Space, Values, apply_values, with_method_values
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -140,7 +140,7 @@ class SweepResults:
         best = self.best()
         if best is None:
             return None
-        values = self.values(best, self.num_rungs - 1)
+        values = with_method_values(self.values(best, self.num_rungs - 1), self.journal.method_values)
         return dataclasses.replace(apply_values(self.base, values), seed=self.config.seeds[0])
 
     def expected_lead_by_chance(self) -> tuple[int, float, float] | None:

@@ -17,7 +17,7 @@ from raysl.config import Pretraining
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Subscriber, merge_streams, start_actors, view_keys
 from raysl.tuning.preparation import PreparedSweep, TrialContext, light_model
-from raysl.tuning.space import Values, apply_values
+from raysl.tuning.space import Values
 
 # Fields that change which images a step takes or how long it lasts, so that fast runs would wait for slow ones.
 _PREVENT_SHARING = ("batch_size", "backbone", "precision")
@@ -79,7 +79,7 @@ class StreamBroker:
                 shared.runs.add(run)
                 return Subscriber(run, shared.actors, own)
         soon = self._points[trial + 1 : trial + self._context.trials_at_once]
-        upcoming = [replace(apply_values(self._context.base, point), seed=config.seed) for point in soon]
+        upcoming = [replace(self._context.config_of(point), seed=config.seed) for point in soon]
         others = [self._stream(other) for other in upcoming if self._key(other, until) == key]
         if not others:
             return None

@@ -146,6 +146,11 @@ def apply_values(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
     return Pretraining.from_json(tree)
 
 
+def with_method_values(values: Values, method_values: Mapping[str, Values]) -> dict[str, Any]:
+    """Return the values of a trial, and those of its method for fields that the trial does not vary."""
+    return {**method_values.get(str(values.get("method")), {}), **values}
+
+
 def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
     """Return the space that `--vary` describes. If it is `listed`, all dimensions are lists of values, as for a grid.
 

@@ -40,14 +40,22 @@ _log = logging.getLogger("raysl.tuning")
 _TUNE = "_ray_tune"
 
 
-def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
+def sweep(
+    base: Pretraining, config: SweepConfig, given: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Run a sweep to its end, or continue one that was interrupted. Return the rows of `SweepResults.rows`.
+
+    Args:
+        given: the fields of `base` that the user gives. If the method varies, each method gets what suits the images
+            for the others; None: the values of its class.
 
     Raises:
         UserError: the sweep cannot run, and no trial has begun; or the journal can no longer be written, or another
             driver works on the sweep.
     """
-    prepared = prepare(base, config)
+    begun = Journal(Folder(config.out))
+    # A sweep that exists keeps the values that it was begun with.
+    prepared = prepare(base, config, given, begun.method_values if begun.rows else None)
     with DriverLock(Folder(config.out)) as lock:
         journal = Journal(Folder(config.out), lock.check)
         _begin(journal, prepared)
@@ -85,6 +93,8 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
         "uris": {name: str(dataset.folder) for name, dataset in data.items()},
         "sources": {name: dataset.manifest.source for name, dataset in data.items()},
     }
+    if context.method_values:
+        header["method_values"] = context.method_values
     header = as_json(header)
     if not journal.rows:
         journal.add(header)

@@ -36,7 +36,7 @@ from raysl.training.launch import pretrain
 from raysl.tuning import preparation
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.preparation import TrialContext
-from raysl.tuning.space import Values, apply_values, corners, domain_ends
+from raysl.tuning.space import Values, corners, domain_ends
 
 _RECORD = "raysl-trial.json"
 # Ray Tune logs failures in one line each, and its actors stay in the folder of the driver.
@@ -110,7 +110,7 @@ class PretrainTrainable(tune.Trainable):  # type: ignore[misc]
         started = time.monotonic()
         context, rung, home = self.context, self._rung, f"{self._home}/seed-{seed}"
         folder = Folder(context.out) / home
-        config = replace(apply_values(context.base, self._values), run=str(folder), seed=seed)
+        config = replace(context.config_of(self._values), run=str(folder), seed=seed)
         until = context.until(config, rung)
         if self._source:
             copy_checkpoint(
@@ -244,7 +244,7 @@ def trainable(context: TrialContext) -> type[PretrainTrainable]:
         @classmethod
         def default_resource_request(cls, config: Values) -> Any:
             # Ray Tune calls this on the driver when it makes a trial.
-            apply_values(context.base, config)
+            context.config_of(config)
             return tune.PlacementGroupFactory([context.resources()])
 
     Pretrain.context = context

@@ -184,11 +184,27 @@ def test_transformers_are_trained_with_adamw(small: DataSet) -> None:
         assert (own.name, own.lr, own.weight_decay) == expected
 
 
-def test_trials_of_several_methods_have_the_hyperparameters_of_the_papers(
-    small: DataSet, caplog: pytest.LogCaptureFixture
+def test_each_of_several_methods_gets_what_suits_the_images(
+    small: DataSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    given = {**RUN, "pirl": {"head": "mlp"}}
+    base = defaults.choose_defaults(given, small, 1, False, varied=["method"])
+    # Other methods have other values, so those of the first are not in the base.
+    assert (base.parts["pirl"].num_negatives, base.bank.momentum, base.backbone.norm) == (99, 0.5, "batch")
+    names = ("pirl-jigsaw", "predict-jigsaw", "cpc-patch_grid", "simclr")
     with caplog.at_level("INFO"):
-        made = defaults.choose_defaults(RUN, small, 1, False, varied=["method"])
-    pirl = made.parts["pirl"]
-    assert (pirl.head, made.bank.momentum, pirl.num_negatives) == ("linear", 0.5, 99)
-    assert "hyperparameters of its paper" in caplog.messages[-1]
+        found = defaults.choose_for_methods(given, small, base, names)
+    assert found == {
+        "pirl-jigsaw": {"pirl.temperature": 0.2, "bank.momentum": 0.0, "jigsaw.grid": 2},
+        "predict-jigsaw": {},
+        "cpc-patch_grid": {"backbone.norm": "group"},
+        "simclr": {"simclr.norm": "batch", "simclr.temperature": 0.2},
+    }
+    assert "simclr: --simclr.norm batch --simclr.temperature 0.2" in caplog.messages[-1]
+    first = defaults.choose_defaults({**RUN, "method": "simclr"}, small, 1, False, varied=["method"])
+    monkeypatch.setattr(defaults, "short_side", lambda _: 375)
+    assert defaults.choose_for_methods(RUN, small, first, ["npid"])["npid"].keys() == {
+        "npid.head",
+        "npid.temperature",
+        "npid.num_negatives",
+    }

@@ -48,7 +48,7 @@ def test_flags_of_a_sweep_and_of_its_runs_are_one_list(monkeypatch: pytest.Monke
 def test_a_sweep_in_python_takes_the_fields_of_its_runs(
     base: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    tried: list[tuple[Pretraining, SweepConfig]] = []
+    tried: list[tuple[Pretraining, SweepConfig, dict[str, Any] | None]] = []
     monkeypatch.setattr("raysl.ray_cluster.start", lambda: None)
     monkeypatch.setattr("raysl.ray_cluster.placement.machines", lambda: Machines(({"CPU": 2.0},)))
     monkeypatch.setattr("raysl.tuning.sweep.sweep", lambda *given: tried.append(given))
@@ -57,7 +57,8 @@ def test_a_sweep_in_python_takes_the_fields_of_its_runs(
     own: dict[str, Any] = {"seeds": (3,), "train": images, "searcher": "random", "seed": 5}
     runs: dict[str, Any] = {"method": "simclr", "batch_size": 8, "simclr": {"dim": 16}}
     api.sweep(images, out=tmp_path / "out", vary=vary, base=base, **own, **runs)
-    ((learner, config),) = tried
+    ((learner, config, given),) = tried
+    assert given is None if isinstance(base, Pretraining) else given == {**base, **runs}
     assert (learner.method, learner.epochs, learner.batch_size) == ("simclr", 7, 8)
     assert (learner.parts["simclr"].dim, learner.data, learner.seed) == (16, str(images.folder), 0)
     assert config.vary == ("temperature=0.1,0.2", "optim.lr=0.01..0.1", "simclr.norm", "optim.clip_norm=1")
@@ -70,7 +71,7 @@ def test_fields_that_trials_vary_are_not_listed_as_chosen(
     tried: list[Pretraining] = []
     monkeypatch.setattr("raysl.ray_cluster.start", lambda: None)
     monkeypatch.setattr("raysl.ray_cluster.placement.machines", lambda: Machines(({"CPU": 2.0},)))
-    monkeypatch.setattr("raysl.tuning.sweep.sweep", lambda base, config: tried.append(base))
+    monkeypatch.setattr("raysl.tuning.sweep.sweep", lambda base, config, given: tried.append(base))
     images = make_dataset(tmp_path / "images", 40)
     with caplog.at_level("INFO", "raysl"):
         api.sweep(images, out=tmp_path / "out", vary=("temperature=0.1,0.2", "optim.lr=0.1,0.3"))

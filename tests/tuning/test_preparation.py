@@ -56,6 +56,24 @@ def test_a_value_that_fails_for_some_trials_is_found_before_any_begins(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_each_method_of_a_sweep_has_what_suits_the_images(data: tuple[str, str], tmp_path: Path) -> None:
+    parts = {"pirl": Pirl(num_negatives=32, dim=16)}
+    settings = config(
+        data, tmp_path / "sweep", vary=("method=pirl-jigsaw,predict-jigsaw", "bank.momentum=0,0.9")
+    )
+    context = prepare(base(data[0], parts=parts), settings, {"pirl": {"dim": 16}}).context
+    own = context.config_of({"method": "pirl-jigsaw", "bank.momentum": 0.9})
+    assert (own.parts["jigsaw"].grid, own.parts["pirl"].head, own.parts["pirl"].dim) == (2, "bn", 16)
+    assert (own.parts["pirl"].num_negatives, own.bank.momentum) == (32, 0.9)  # given, and varied
+    assert context.config_of({"method": "predict-jigsaw"}).parts["jigsaw"].grid == 3
+    # A sweep that exists keeps its values, and a whole configuration those of the classes.
+    for known in (
+        prepare(base(data[0], parts=parts), settings, {}, {}),
+        prepare(base(data[0], parts=parts), settings),
+    ):
+        assert known.context.config_of({"method": "pirl-jigsaw"}).parts["jigsaw"].grid == 3
+
+
 def test_a_method_that_needs_its_backbone_is_swept(data: tuple[str, str], tmp_path: Path) -> None:
     pytest.importorskip("timm")
     vit = BackboneConfig("timm/vit_tiny_patch16_224", patch_size=4)
