@@ -45,6 +45,11 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
             f"{results.validation_uri.rpartition('/')[2]}; "
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
             f"stopped {states.count('stopped')}, failed {states.count('failed')}."
+            + "".join(
+                f" All trials of {method} have {described(values)}."
+                for method, values in results.journal.method_values.items()
+                if values
+            )
         ),
         best=best_row and f"Trial {best_row['trial']}: {described(best_row['values'])}, {_score(best_row)}.",
         command=best and wrapped(command(replace(best, data="DATA", run="RUN"))),

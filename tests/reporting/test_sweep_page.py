@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ pytest.importorskip("jinja2")
 BASE = Pretraining("data", "-", epochs=9, parts={"pirl": {"dim": 16}})
 
 
-def written(folder: Path, *vary: str, copies: bool = False, **changes: Any) -> str:
+def written(
+    folder: Path, *vary: str, copies: bool = False, header: Mapping[str, Any] | None = None, **changes: Any
+) -> str:
     """Write a sweep with made-up scores. Trial 1 has failed; half of the others stop at the first rung with "asha"."""
     config = SweepConfig(str(folder), vary, **changes)
     points = space(BASE, vary, config.searcher == "grid")
@@ -49,6 +52,7 @@ def written(folder: Path, *vary: str, copies: bool = False, **changes: Any) -> s
             "space": [asdict(d) for d in points.dimensions],
             "base": BASE.to_json(),
             "uris": {"train": "train", "validation": "held out"},
+            **(header or {}),
         }
     )
     tried = (
@@ -127,6 +131,18 @@ def test_fields_that_are_drawn_or_are_no_numbers_have_figures_too(tmp_path: Path
     names = report(sweep, ReportConfig()).list()
     assert "curve-pirl.head.png" in names
     assert "pair-pirl.temperature-pirl.lam.png" in names
+
+
+def test_values_of_a_method_are_on_the_page_and_in_the_command_of_its_best_trial(tmp_path: Path) -> None:
+    header = {"method_values": {"pirl-jigsaw": {"jigsaw.grid": 2, "bank.momentum": 0.0}, "pirl-rotation": {}}}
+    vary = "method=pirl-jigsaw,pirl-rotation", "lam=0.5"
+    page = (
+        report(written(tmp_path / "sweep", *vary, header=header), ReportConfig()).read("index.html").decode()
+    )
+    assert "All trials of pirl-jigsaw have jigsaw.grid=2, bank.momentum=0." in page
+    assert "All trials of pirl-rotation" not in page
+    assert "--jigsaw.grid 2" in page
+    assert "--bank.momentum 0" in page
 
 
 def test_a_sweep_without_a_score_has_a_page(tmp_path: Path) -> None:
