@@ -139,7 +139,7 @@ def _uncurated(flags: LectureFlags, out: str) -> None:
 def _detection(flags: LectureFlags, out: str) -> None:
     if flags.detection:
         # The published schedule takes hours for each run without a GPU.
-        config = Detection(data=flags.detection, epochs=6, batch_size=8, sides=(96,), width=64)
+        config = Detection(data=flags.detection, epochs=12, batch_size=8, sides=(128,), width=64)
         methods = ("pirl-jigsaw",)
         detection.main(_common(flags, detection.DetectionFlags, out=out, methods=methods, detection=config))
 
