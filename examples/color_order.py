@@ -40,7 +40,7 @@ class Config(Checked):
 class ColorOrder(Plain):
     """One crop of the image, with its channels in another order."""
 
-    # A change of colors afterwards would hide the order, so that no network could predict it.
+    # A change of colors afterward would hide the order, so that no network could predict it.
     color: Color = "none"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:

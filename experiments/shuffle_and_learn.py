@@ -50,7 +50,7 @@ class OrderFlags(ComparisonFlags):
 
 def main(flags: OrderFlags) -> None:
     """Print the accuracy of frame order on held-out clips and the tables by layer, and write the report."""
-    # The optimiser needs many steps more than it needs large batches.
+    # The optimizer needs many steps more than it needs large batches.
     flags = locally(flags, data="clips:1000", images=30_000, batch_size=64, seeds=flags.seeds)
     flags = replace(flags, image_size=max(flags.image_size, _SIDE))
     names = ["keypoints"] if flags.local else ["keypoints", "video", "patches"]
@@ -69,7 +69,7 @@ def main(flags: OrderFlags) -> None:
 
 
 def _trained(flags: OrderFlags, method: str, seed: int, train: str) -> Run:
-    """Return a run whose views and optimiser are those of frame order, so that only the task differs."""
+    """Return a run whose views and optimizer are those of frame order, so that only the task differs."""
     order, own = (
         settings(flags, name, seed, train, Folder(flags.runs)) for name in ("predict-frame_order", method)
     )

@@ -42,8 +42,8 @@ def _pirl(**fields: Any) -> Fields:
     return {**CHOSEN, "pirl": {**CHOSEN["pirl"], **fields}}
 
 
-def _optimiser(name: str, lr: float) -> Fields:
-    """Return the chosen recipe with another optimiser."""
+def _optimizer(name: str, lr: float) -> Fields:
+    """Return the chosen recipe with another optimizer."""
     return {**CHOSEN, "optim": {"name": name, "lr": lr}}
 
 
@@ -60,8 +60,8 @@ VARIANTS: dict[str, Fields] = {
     "head mlp": _pirl(head="mlp"),
     "learning rate 0.3": {**CHOSEN, "optim": {"lr": 0.3}},
     "joint BatchNorm": {**CHOSEN, "backbone": {"norm": "joint"}},
-    **{f"AdamW, learning rate {lr}": _optimiser("adamw", lr) for lr in (0.001, 0.003, 0.01)},
-    **{f"LARS, learning rate {lr}": _optimiser("lars", lr) for lr in (1.0, 3.0, 10.0)},
+    **{f"AdamW, learning rate {lr}": _optimizer("adamw", lr) for lr in (0.001, 0.003, 0.01)},
+    **{f"LARS, learning rate {lr}": _optimizer("lars", lr) for lr in (1.0, 3.0, 10.0)},
 }
 # The best of sixteen trials of `sweep_pirl.py --figure recipe`; see results/recipes.
 SWEPT: Fields = {

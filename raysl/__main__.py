@@ -109,7 +109,7 @@ def _run_verb(given: list[str]) -> None:
     lazy.install_import_hook()
     verbs = importlib.import_module("raysl.cli.verbs")
     verb = getattr(verbs, given[0])
-    # A backbone and an optimiser may be given by their names alone, and the size of images as for a probe.
+    # A backbone and an optimizer may be given by their names alone, and the size of images as for a probe.
     given = [re.sub(r"^--(teacher-backbone|backbone|optim)(?==|$)", r"--\1.name", word) for word in given]
     if given[0] in ("pretrain", "sweep", "clusterfit", "views", "doctor"):
         given = [re.sub(r"^--image-size(?==|$)", "--view.image-size", word) for word in given]

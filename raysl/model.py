@@ -138,7 +138,7 @@ class Model(nn.Module):
         """Return the error for BatchNorm that would see one value at a time."""
         size = self.config.batch_size
         return UserError(
-            f"--batch-size is {size}, one image for each worker, and {why} BatchNorm has a single value to normalise. "
+            f"--batch-size is {size}, one image for each worker, and {why} BatchNorm has a single value to normalize. "
             f"Give --batch-size {2 * size} or more."
         )
 

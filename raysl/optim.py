@@ -1,4 +1,4 @@
-"""Build optimisers, and compute learning rates as functions of the step."""
+"""Build optimizers, and compute learning rates as functions of the step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from raysl.fields import Bounds, Checked, Range
 
 @dataclass(frozen=True)
 class OptimConfig(Checked):
-    """Configuration of the optimiser.
+    """Configuration of the optimizer.
 
     Args:
         name: "sgd" with momentum; "lars", for batches of thousands of images; or "adamw".
         lr: learning rate for a global batch of 256 images, > 0; it is scaled linearly with the batch size. Jigsaw
             patches do not count as images.
         momentum: momentum of SGD and LARS, from 0 to below 1.
-        weight_decay: weight decay; biases and normalisation layers have none.
+        weight_decay: weight decay; biases and normalization layers have none.
         schedule: "cosine" from lr to lr / 1000, or "step": a factor of 0.1 at each milestone.
         milestones: milestones of "step" as fractions of the training steps, 0 to 1.
         warmup: fraction of the training steps in which the learning rate rises linearly, from 0 to below 1.
@@ -67,9 +67,9 @@ def _undecorated(method: Any) -> Any:
 
 
 class WithoutCompiler(torch.optim.Optimizer):
-    """An optimiser whose methods do not import torch's compiler, which takes about as long as torch itself.
+    """An optimizer whose methods do not import torch's compiler, which takes about as long as torch itself.
 
-    The decorators of torch's methods import it. They matter only where the step of an optimiser is compiled.
+    The decorators of torch's methods import it. They matter only where the step of an optimizer is compiled.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ class Lars(Sgd):
 
     You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888: for a weight w with
     gradient g and decay d, TRUST * |w| / (|g| + d * |w|) * (g + d * w) is added to the momentum. Biases and
-    normalisation layers take ordinary steps.
+    normalization layers take ordinary steps.
     """
 
     TRUST = 0.001
@@ -136,7 +136,7 @@ class Lars(Sgd):
 
 
 def build(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser of a network, without its frozen weights; biases and normalisation layers do not decay.
+    """Build the optimizer of a network, without its frozen weights; biases and normalization layers do not decay.
 
     The training loop sets the rate before every step.
     """

@@ -1,8 +1,8 @@
 """Random numbers as pure functions of (seed, epoch, index, name of the choice).
 
 A counter-based generator has no state, so the numbers of an image do not depend on the worker, the batch, the order of
-arrival or an interruption. A number takes three rounds of the SplitMix64 finaliser (Steele, Lea and Flood 2014, "Fast
-splittable pseudorandom number generators"), vectorised over the batch.
+arrival or an interruption. A number takes three rounds of the SplitMix64 finalizer (Steele, Lea and Flood 2014, "Fast
+splittable pseudorandom number generators"), vectorized over the batch.
 """
 
 from __future__ import annotations

@@ -67,14 +67,14 @@ def values(file: str, **wanted: Any) -> list[float]:
 
 
 def percent(of: Sequence[float], unit: str = "", spread: bool = True) -> str:
-    """Return the mean of shares in per cent, and their spread if there are several."""
+    """Return the mean of shares in percent, and their spread if there are several."""
     around = abs(of[0] - of[1]) / 2 if len(of) == 2 else stdev(of) if len(of) > 2 else 0
     plus = f" ± {_tenths(around)}" if spread and len(of) > 1 else ""
     return f"{_tenths(mean(of))}{plus}{unit}"
 
 
 def _tenths(share: float, sign: str = "") -> str:
-    """Return a share in per cent; 31.65 becomes 31.7, although its binary form is a little less."""
+    """Return a share in percent; 31.65 becomes 31.7, although its binary form is a little less."""
     return f"{100 * share + (1e-9 if share >= 0 else -1e-9):{sign}.1f}"
 
 
@@ -269,7 +269,7 @@ def _maps() -> str:
 
 
 def _video(task: str, gains: bool = False) -> str:
-    """Return the table of a task on drawn clips: each label in per cent, by seed, and its gain over "untrained"."""
+    """Return the table of a task on drawn clips: each label in percent, by seed, and its gain over "untrained"."""
     rows = [row for row in rows_of("video/rows.jsonl") if row["task"] == task]
     of = {
         label: {row["seed"]: row["value"] for row in rows if row["label"] == label}

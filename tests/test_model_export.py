@@ -80,14 +80,14 @@ def expected(run: Run) -> Tensor:
     return found
 
 
-def normalised() -> Tensor:
+def normalized() -> Tensor:
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
     return (images() / 255 - mean) / std
 
 
 def features(network: nn.Module) -> Any:
     with torch.inference_mode():
-        return network.eval()(normalised())
+        return network.eval()(normalized())
 
 
 def code(out: Folder, block: int) -> str:
@@ -242,7 +242,7 @@ def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Pat
     write_rows(resnet.folder, [{**ROW, "step": 5}, {**ROW, "step": 4, "value": 0.1234}])
     out = export(resnet, ExportConfig(out=str(tmp_path), step=5))
     card = out.read(CARD).decode()
-    for part in ("pirl-jigsaw", "resnet18", "test-8-16-0", "0.4321", "raysl pretrain", "Licence"):
+    for part in ("pirl-jigsaw", "resnet18", "test-8-16-0", "0.4321", "raysl pretrain", "License"):
         assert part in card
     assert "0.1234" not in card
 

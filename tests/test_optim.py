@@ -65,7 +65,7 @@ def test_steps_divide_by_ten_at_the_milestones() -> None:
         (optim.Lbfgs, torch.optim.LBFGS, {"max_iter": 3}),
     ],
 )
-def test_optimisers_take_the_steps_of_torch(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+def test_optimizers_take_the_steps_of_torch(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
     """Also after their state was saved and loaded."""
     ends = []
     for kind in (ours, theirs):
@@ -88,7 +88,7 @@ def test_optimisers_take_the_steps_of_torch(ours: Any, theirs: Any, options: dic
     assert not torch.equal(ends[0], torch.arange(6.0).view(2, 3))
 
 
-def test_biases_and_normalisation_do_not_decay() -> None:
+def test_biases_and_normalization_do_not_decay() -> None:
     network = nn.Sequential(networks.build(networks.BackboneConfig()), nn.Linear(192, 8))
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, plain = optim.build(OptimConfig(weight_decay=0.1), network).param_groups
@@ -100,7 +100,7 @@ def test_biases_and_normalisation_do_not_decay() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", optim.Sgd), ("lars", optim.Lars), ("adamw", optim.AdamW)])
-def test_optimisers_by_name(name: Any, kind: type[torch.optim.Optimizer]) -> None:
+def test_optimizers_by_name(name: Any, kind: type[torch.optim.Optimizer]) -> None:
     assert type(optim.build(OptimConfig(name=name, momentum=0.8), nn.Linear(2, 2))) is kind
 
 

@@ -97,7 +97,7 @@ def pretrain(
         local: train in this process, without Ray, also where that is not the default; see `raysl.training.in_process`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
             `pirl={"temperature": 0.1}`. `image_size` is that of the view. `backbone` may be an importable function
-            or class that builds an `nn.Module` from normalised images (b, 3, s, s) to features (b, width).
+            or class that builds an `nn.Module` from normalized images (b, 3, s, s) to features (b, width).
     """
     from raysl.evaluation import online
     from raysl.run.callbacks import Callbacks

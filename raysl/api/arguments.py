@@ -253,7 +253,7 @@ def unseen(asked: Pretraining) -> list[str]:
 
 
 def named_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields with mappings for backbone, optimiser and view, and names in the place of the user's functions."""
+    """Return fields with mappings for backbone, optimizer and view, and names in the place of the user's functions."""
     values, view = dict(fields), fields.get("view")
     if "image_size" in values and (view is None or isinstance(view, Mapping)):
         values["view"] = view = {**(view or {}), "image_size": values.pop("image_size")}

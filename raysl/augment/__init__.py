@@ -299,7 +299,7 @@ def _map_colors(planes_bcn: Tensor, matrix_b33: NDArray[np.float64], pull_b: NDA
     shift = ((luminance * to_device(pull_b, device) + 0.5) * 2**_COLOR_PLACES).round()
     mapped = _matmul(matrices, planes_bcn.float())
     rounded = mapped.add_((shift * 2.0**-_COLOR_PLACES).float()[:, None, None]).clamp_(0, 255)
-    # torch's conversion from float32 to uint8 is not vectorised and four times slower than through int16.
+    # torch's conversion from float32 to uint8 is not vectorized and four times slower than through int16.
     return rounded.to(torch.int16).to(torch.uint8)
 
 
@@ -320,7 +320,7 @@ def _photometric_block(images_bchw: Tensor, u_b3: NDArray[np.float64]) -> Tensor
     images_bchw &= _column(256 - 2 ** (8 - bits_b), images_bchw, torch.uint8)
     _sharpen(images_bchw, 0.1 + 1.8 * u_b3[:, 1])
     threshold_b = (u_b3[:, 2] * 257).astype(np.int64)
-    # In place: torch does not vectorise a comparison whose result has another type.
+    # In place: torch does not vectorize a comparison whose result has another type.
     bright = images_bchw.clone().ge_(_column(np.minimum(threshold_b, 255), images_bchw, torch.uint8))
     images_bchw ^= bright.mul_(_column(np.where(threshold_b < 256, 255, 0), images_bchw, torch.uint8))
     return _autocontrast(images_bchw)
@@ -358,7 +358,7 @@ def _gaussian(sigma_b1: NDArray[np.float64], radius: int) -> NDArray[np.float64]
 
 
 def _blur(images_bchw: Tensor, weights_bk: NDArray[np.float64]) -> Tensor:
-    """Convolve rows, then columns, each rounded to whole numbers. The border is repeated outwards."""
+    """Convolve rows, then columns, each rounded to whole numbers. The border is repeated outward."""
     radius = weights_bk.shape[1] - 1
     x = pad(images_bchw.float(), (radius,) * 4, mode="replicate")
     weights = [_column(column, x) for column in weights_bk.T]

@@ -34,12 +34,12 @@ class BackboneConfig(Checked):
     Args:
         name: "small" (for two CPU cores and small images); a torchvision classifier such as "resnet50"; "timm/NAME" for
             a network of timm; or "MODULE:FUNCTION" or "FILE.py:FUNCTION" for a function that returns an `nn.Module`
-            from normalised images (b, 3, s, s) to features (b, width). The classification layer is removed.
+            from normalized images (b, 3, s, s) to features (b, width). The classification layer is removed.
         stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by a 3x3
             convolution, for images of 64 pixels or less. Only for ResNets.
         norm: "batch" is BatchNorm as in the papers: each worker computes the statistics of its own images, separately
             for each view (patches, whole images). "joint" computes them over all views together, "sync" for each view
-            over the images of all workers, also in the projection heads. "group" is GroupNorm, which normalises each
+            over the images of all workers, also in the projection heads. "group" is GroupNorm, which normalizes each
             image by itself, so that gradients do not depend on the number of workers.
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
         weights: file of weights that training starts from, in a format that `raysl probe` reads; a path or a URI. Also
@@ -85,7 +85,7 @@ def config_of(factory: Callable[[], nn.Module]) -> BackboneConfig:
 
 
 class Backbone(nn.Module):
-    """A network from uint8 images to features. The constants of the normalisation are saved with it.
+    """A network from uint8 images to features. The constants of the normalization are saved with it.
 
     Args:
         body: the network alone, under its own names, so that its state dict can be loaded elsewhere.
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         Returns:
             float (b, width), pooled over the image.
         """
-        features: Tensor = self.body(self.normalised(images_bchw))
+        features: Tensor = self.body(self.normalized(images_bchw))
         return features.flatten(1)
 
     def forward_jointly(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         """
         if self.graph is None or not self.training:
             return [self(images_bchw) for images_bchw in batches]
-        made = norms.forward_jointly(self.body, self.graph, [self.normalised(images) for images in batches])
+        made = norms.forward_jointly(self.body, self.graph, [self.normalized(images) for images in batches])
         return [features.flatten(1) for features in made]
 
     def maps(self, images_bchw: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: the backbone has no such map.
         """
-        images_bchw = self.normalised(images_bchw)
+        images_bchw = self.normalized(images_bchw)
         if hasattr(self.body, "forward_features"):
             features: Any = self.body.forward_features
             return as_map(features(images_bchw))
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
             hook.remove()
         return as_map(kept[0])
 
-    def normalised(self, images_bchw: Tensor) -> Tensor:
+    def normalized(self, images_bchw: Tensor) -> Tensor:
         """Return the images as the body takes them."""
         return (images_bchw.to(self.mean.dtype) - self.mean) / self.std
 
@@ -311,10 +311,10 @@ def _timm(config: BackboneConfig, joint: bool) -> Backbone:
 
 
 def timm_backbone(name: str, patch_size: int = 0) -> Backbone:
-    """Build a backbone of timm that normalises images as its published weights expect.
+    """Build a backbone of timm that normalizes images as its published weights expect.
 
     Args:
-        name: name in timm, or NAME.TAG: weights with another tag may expect another normalisation, as those
+        name: name in timm, or NAME.TAG: weights with another tag may expect another normalization, as those
             of "vit_small_patch16_224" and "vit_small_patch16_224.dino".
         patch_size: side of a patch of a vision transformer in pixels; 0 for the size in its name.
 

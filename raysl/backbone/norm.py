@@ -1,7 +1,7 @@
 """Choose the images that BatchNorm computes its statistics over: those of all workers ("sync"), of all views ("joint"),
 or of the current batch in evaluation.
 
-BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) normalises each channel by the mean and the variance over a batch. None
+BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) normalizes each channel by the mean and the variance over a batch. None
 of these adds weights, and "sync" and "joint" do not change the network in eval mode.
 """
 
@@ -19,7 +19,7 @@ from raysl.communication import collective
 from raysl.errors import explained
 
 
-def synchronise(network: nn.Module, device: torch.device) -> None:
+def synchronize(network: nn.Module, device: torch.device) -> None:
     """Make every BatchNorm in a network compute its statistics over the batches of all workers, with gradient.
 
     Weights and statistics stay the same tensors. On a GPU this is torch's `SyncBatchNorm`. torch has none for the CPU,

@@ -14,7 +14,7 @@ class SmallBackbone(nn.Module):
     multiply-adds. Memory bounds a step, so the first convolution already halves the image.
 
     Args:
-        norm: makes a normalisation of so many channels.
+        norm: makes a normalization of so many channels.
         width: number of features, a multiple of 8; the stages have an eighth, a quarter, a half and all of them.
     """
 
@@ -33,7 +33,7 @@ class SmallBackbone(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, images_bchw: Tensor) -> Tensor:
-        """Compute features (b, width) of normalised images."""
+        """Compute features (b, width) of normalized images."""
         x = self.relu(self.bn1(self.conv1(images_bchw)))
         x = self.layer3(self.layer2(self.layer1(x)))
         pooled: Tensor = self.avgpool(x)

@@ -249,14 +249,14 @@ def _choices(
     if has_gpus:
         yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(num_images, workers, most=64 if photos and not has_gpus else 256)
-    yield from _of_optimiser(given)
+    yield from _of_optimizer(given)
     own = _of_method_and_images(method, images)
     # For several methods, `choose_for_methods` chooses the rest.
     yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
 
 
-def _of_optimiser(given: Mapping[str, Any]) -> Iterator[Choice]:
-    """Yield the optimiser of a backbone, and a learning rate that suits both.
+def _of_optimizer(given: Mapping[str, Any]) -> Iterator[Choice]:
+    """Yield the optimizer of a backbone, and a learning rate that suits both.
 
     Transformers get AdamW, with the rate of DINO (Caron et al. 2021) and the weight decay of MAE (He et al. 2022). A
     learning rate that is given alone is one of SGD.
@@ -274,7 +274,7 @@ def _of_optimiser(given: Mapping[str, Any]) -> Iterator[Choice]:
 
 
 def _name(given: Mapping[str, Any], part: str) -> Any:
-    """Return the name of a backbone or optimiser, given as a mapping or a configuration; "" if it is not given."""
+    """Return the name of a backbone or optimizer, given as a mapping or a configuration; "" if it is not given."""
     value = given.get(part, {})
     return value.get("name", "") if isinstance(value, Mapping) else getattr(value, "name", "")
 

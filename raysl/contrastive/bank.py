@@ -101,7 +101,7 @@ class MemoryBank:
         return rows[start : start + len(indices_b)]
 
     def update(self, indices_b: Tensor, embeddings_bd: Tensor) -> None:
-        """Update the rows of the global batch: row <- normalise(momentum * row + (1 - momentum) * embedding).
+        """Update the rows of the global batch: row <- normalize(momentum * row + (1 - momentum) * embedding).
 
         An index that occurs twice in the global batch, as a batch at the end of an epoch may contain, takes its last
         embedding in the order of the global batch.

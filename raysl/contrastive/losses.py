@@ -24,7 +24,7 @@ def info_nce(positive_b: Tensor, negatives_bk: Tensor) -> Tensor:
 def paper_h(positive_b: Tensor, negatives_bk: Tensor) -> Tensor:
     """Compute -log p_0 - sum_j log(1 - p_j): equations 3 and 4 of PIRL (Misra and van der Maaten 2019).
 
-    p is the softmax over the scores of the query. Read literally, equation 3 normalises the terms of the negatives by
+    p is the softmax over the scores of the query. Read literally, equation 3 normalizes the terms of the negatives by
     scores between memory rows, which have no gradient; no published code does so.
     """
     logits = torch.cat([positive_b[:, None], negatives_bk], dim=1).float()
@@ -40,7 +40,7 @@ def nce(positive_b: Tensor, negatives_bk: Tensor, z: Tensor, num_images: int) ->
     """Compute the noise-contrastive estimation of NPID (Wu et al. 2018, eq. 7): K + 1 binary problems.
 
     Args:
-        z: the normalisation constant, a scalar; see `estimate_z`.
+        z: the normalization constant, a scalar; see `estimate_z`.
         num_images: N. The noise is uniform over the data set, Pn = 1 / N.
 
     With P = exp(score) / z, the loss is -log P0 / (P0 + K Pn) - sum over negatives of log K Pn / (Pj + K Pn). A mean
@@ -54,7 +54,7 @@ def nce(positive_b: Tensor, negatives_bk: Tensor, z: Tensor, num_images: int) ->
 
 
 def estimate_z(positive_b: Tensor, negatives_bk: Tensor, num_images: int) -> Tensor:
-    """Estimate the normalisation constant of `nce` from a batch: N times the mean of exp(score) (Wu et al. 2018).
+    """Estimate the normalization constant of `nce` from a batch: N times the mean of exp(score) (Wu et al. 2018).
 
     With random unit vectors of D dimensions, as at the start, z / N is about exp(1 / (2 D tau^2)).
     """

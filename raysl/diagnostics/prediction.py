@@ -16,7 +16,7 @@ class Costs:
     crop_us: float  # cutting and resizing the source crops
     augment_us: float  # making views from source crops
     transfer_us: float  # moving views through the object store, both sides
-    step_s: float  # forward, backward, optimiser and bank, with all workers running
+    step_s: float  # forward, backward, optimizer and bank, with all workers running
     all_reduce_s: float  # summing the gradients over all workers; 0 for one worker
 
 

@@ -85,7 +85,7 @@ def pretrain_and_probe(
     if local:
         raise UserError(
             f"--probe-every is {online.probe_every}, and these probes run on Ray, which --local does not start. Omit "
-            "one of the two; `raysl probe RUN` measures the run afterwards."
+            "one of the two; `raysl probe RUN` measures the run afterward."
         )
     run_folder.check_free(config.run)
     config = with_checkpoints(config, online)

@@ -50,7 +50,7 @@ _TYPES: Mapping[str, Any] = {
     "value": int | float,
     "time": float,
 }
-# Measures that are shares of 1, which people read as per cent.
+# Measures that are shares of 1, which people read as percent.
 _SHARE = re.compile(
     r"(top\d|balanced|mAP|AP|PCK(_without_image)?|within|peak_in|middle_in|precision|closer|readout|chance|constant)"
     r"(?![a-z])|(readout|chance)_whether|.*_share$"
@@ -208,7 +208,7 @@ def rows_of_probe(
 
 
 def format_row_value(row: Mapping[str, Any]) -> str:
-    """Return the value of a row as text: a share in per cent with one decimal, other values with four digits."""
+    """Return the value of a row as text: a share in percent with one decimal, other values with four digits."""
     return f"{100 * row['value']:.1f} %" if _SHARE.match(row["name"]) else f"{row['value']:.4g}"
 
 

@@ -44,11 +44,11 @@ class Config(Checked):
     Args:
         nearest: distance of the first predicted row; 1 is the next row, which overlaps.
         farthest: distance of the last predicted row (v1: 5 of 7 rows).
-        directions: "down" as in v1, or "both": also upwards from the rows below, with a second network (v2).
+        directions: "down" as in v1, or "both": also upward from the rows below, with a second network (v2).
         channels: channels of the context network.
         depth: layers of the context network; each sees one row further up.
         dim: D, size of targets and predictions.
-        norm: "layer" normalises the features and every layer of the context network over channels (v2), or "none".
+        norm: "layer" normalizes the features and every layer of the context network over channels (v2), or "none".
         scale: factor of the scores (v2).
         images: images of a worker's batch that are compared with each other; 0 for all, as in the papers. The cost of
             the scores grows with it.

@@ -96,7 +96,7 @@ class Mae(Base):
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute predictions and targets (b, n, pixels) of all patches, and the mask (b, n)."""
-        images_bchw = backbone.normalised(views["image"][:, 0])  # type: ignore[operator]
+        images_bchw = backbone.normalized(views["image"][:, 0])  # type: ignore[operator]
         b = len(images_bchw)
         # torch's generator has a seed for every step and worker.
         order_bn = torch.rand(b, self.num_patches, device=images_bchw.device).argsort(dim=1)

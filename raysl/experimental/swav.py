@@ -6,7 +6,7 @@ the unit embedding of a view, c_k K unit prototypes, and q the code of a view,
     l(z_t, q_s) = -sum_k q_s,k log softmax(z_t c / tau)_k                                                (eq. 2)
     L = mean over the two ordinary views s and all other views t of l(z_t, q_s)                    (eq. 1 and 6)
 
-The codes of the global batch are the assignment that maximises the scores plus epsilon times its entropy, with all
+The codes of the global batch are the assignment that maximizes the scores plus epsilon times its entropy, with all
 prototypes used equally (eq. 3 to 5), by a few iterations of Sinkhorn-Knopp; they have no gradient. Published with
 ResNet-50, 800 epochs of ImageNet, multi-crop of 2 and 6 crops: 75.3 % top-1 of a linear probe; 400 epochs of two crops:
 70.1 %. The queue of embeddings for small batches and the frozen prototypes of the first epoch are left out.
@@ -67,7 +67,7 @@ class Swav(Base):
         self.views = {**small, "b": setup.identity, "a": setup.identity}
         self.projector = mlp(setup.width, config.hidden, config.dim)
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
-        self._normalise()
+        self._normalize()
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the scores (b, v, k) of all views with the prototypes, small views first."""
@@ -91,10 +91,10 @@ class Swav(Base):
 
     def after_step(self, backbone: nn.Module, step: int) -> None:
         """Scale the prototypes to length 1."""
-        self._normalise()
+        self._normalize()
 
     @torch.no_grad()
-    def _normalise(self) -> None:
+    def _normalize(self) -> None:
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
 

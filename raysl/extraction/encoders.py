@@ -183,7 +183,7 @@ class Weights(NetworkEncoder):
     """A backbone with the weights in a file; see `raysl.backbone.external_weights`. Its classifier is ignored."""
 
     file: str  # a path (made absolute, because Ray workers have another working directory) or a URI
-    # "timm/NAME" or "timm/NAME.TAG" for a backbone of timm, which also decides how images are normalised.
+    # "timm/NAME" or "timm/NAME.TAG" for a backbone of timm, which also decides how images are normalized.
     config: BackboneConfig
     name: str = "weights"
     image_size: int = 0  # side of the images that the weights were made for, in pixels; 0 if it is not known

@@ -1,4 +1,4 @@
-"""Recognise weights that raysl or timm exported, by what is stated beside them or in them."""
+"""Recognize weights that raysl or timm exported, by what is stated beside them or in them."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class FeatureExtractor:
 
         Returns:
             A module in training mode, on the device, from RGB images (b, 3, s, s), uint8 or float in 0 .. 255, to float
-            features (b, width). It normalises the images itself.
+            features (b, width). It normalizes the images itself.
 
         Raises:
             UserError: this is "pixels", which is no network.

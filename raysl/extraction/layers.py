@@ -51,7 +51,7 @@ def modules(backbone: Backbone) -> dict[str, str]:
     """Return the module of every layer, by name of the layer.
 
     "pooled" is the output of the backbone. res2 and on are the stages of residual networks, and conv1 is their first
-    convolution with its normalisation and ReLU. Other direct children of the network have their own names, and so have
+    convolution with its normalization and ReLU. Other direct children of the network have their own names, and so have
     the blocks of a transformer, as "blocks.6".
     """
     children = [name for name, _ in backbone.body.named_children()]
@@ -149,7 +149,7 @@ def reduce(output: Tensor, dims: int) -> Tensor:
 
     Args:
         output: a map (b, c, h, w), a map (b, h, w, c) as in Swin, tokens (b, t, d), or vectors (b, d). Maps with the
-            channels last are recognised by their equal sides, because views are square; if all three are equal,
+            channels last are recognized by their equal sides, because views are square; if all three are equal,
             the map is taken for (b, c, h, w).
         dims: average a map into a grid of at most `dims` numbers, channel by channel; 0 for the mean over positions.
     """

@@ -1,4 +1,4 @@
-"""Recognise the layout of a tree of image files, from the counts of the files in its folders.
+"""Recognize the layout of a tree of image files, from the counts of the files in its folders.
 
 A layout says which folder is read, what the splits are, and which class an image belongs to. It is the same for a
 folder and for the names inside an archive. Class folders are those of torchvision's ImageFolder: the first folder below
@@ -104,7 +104,7 @@ def is_within(folder: str, parent: str) -> bool:
     return not parent or folder == parent or folder.startswith(f"{parent}/")
 
 
-def recognise(survey: Survey, choose: Choose, labels: Labels, left_out: LeftOut) -> Layout:
+def recognize(survey: Survey, choose: Choose, labels: Labels, left_out: LeftOut) -> Layout:
     """Return the layout of a tree.
 
     Args:
@@ -219,7 +219,7 @@ def _image_of_mask(path: str) -> str:
 
 
 def _masks_beside(survey: Survey, base: str) -> Callable[[str], bool] | None:
-    """Return the function that recognises masks, if at least a quarter of the files are masks of files beside them."""
+    """Return the function that recognizes masks, if at least a quarter of the files are masks of files beside them."""
     first = [path for at in survey.first_paths if is_within(at, base) for path in survey.first_paths[at]]
     stems = {str(PurePosixPath(path).with_suffix("")) for path in first}
     if not first or 4 * sum(_image_of_mask(path) in stems for path in first) < len(first):

@@ -240,12 +240,12 @@ def _line(file: File) -> bytes:
 
 @dataclass
 class Survey:
-    """Counts of the files in every folder of a source, by kind, from which a layout is recognised."""
+    """Counts of the files in every folder of a source, by kind, from which a layout is recognized."""
 
     folders: dict[str, Counter[str]] = field(default_factory=dict)  # files in each, by kind; "" is the root
     examples: dict[tuple[str, str], str] = field(default_factory=dict)  # first file of each folder and kind
     first_paths: dict[str, list[str]] = field(default_factory=dict)  # the first images of each folder
-    sniffed: set[str] = field(default_factory=set)  # recognised by their content: their names do not tell
+    sniffed: set[str] = field(default_factory=set)  # recognized by their content: their names do not tell
     num_bytes: Counter[str] = field(default_factory=Counter)  # of all files, by kind
     tables: set[str] = field(default_factory=set)  # files that may hold labels of the images beside them
     digest: str = ""  # changes when a file is added or removed or an image changes

@@ -38,7 +38,7 @@ from raysl.ingestion.sources import (
     UnitSize,
     open_source,
     read,
-    recognised,
+    recognized,
 )
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
@@ -94,7 +94,7 @@ def ingest(
     the same indices and the same fingerprint on any number of CPUs.
 
     Args:
-        source: a path or a name, with "#split" if it has splits, see `recognised`; an opened source; or an object,
+        source: a path or a name, with "#split" if it has splits, see `recognized`; an opened source; or an object,
             see `raysl.ingestion.objects`.
         dest: folder at any URI; new, empty, or left by an earlier ingest of the same source.
         wait: wait for another process that ingests into the same folder.
@@ -187,7 +187,7 @@ def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
         if first is None:
             if not (others := source.found.left_out).kinds:
                 raise UserError(f"The source {source.name!r} holds no images: it is empty, or has no rows.")
-            raise UserError(f"The source {source.name!r} holds no images. It holds {others}. {recognised()}")
+            raise UserError(f"The source {source.name!r} holds no images. It holds {others}. {recognized()}")
         journal.start(header)
         journal.dest.delete(SHARDS)
         counts = []

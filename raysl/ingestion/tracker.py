@@ -1,4 +1,4 @@
-"""Follow the patch of a clip that moves most, by normalised correlation.
+"""Follow the patch of a clip that moves most, by normalized correlation.
 
 Wang and Gupta 2015 take patches where much moves and follow them with a correlation filter. Here the patch is a square
 of a third of the frame where the difference of two frames is largest; in each next frame it is searched for near its

@@ -1,4 +1,4 @@
-"""Forms of data that are recognised and not read: each is refused with the way to convert it."""
+"""Forms of data that are recognized and not read: each is refused with the way to convert it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LISTS = {
     **dict.fromkeys((".xlsx", ".xls"), f"a spreadsheet: {_AS_CSV}"),
     **dict.fromkeys((".sqlite", ".db"), f"a database: {_AS_CSV}"),
 }
-# Ends of the names of single files that are recognised by more than what follows the last dot.
+# Ends of the names of single files that are recognized by more than what follows the last dot.
 _ENDS = {
     r"idx\d-(ubyte|int)(\.gz)?": "one file of the MNIST family: give the folder that it lies in",
     r"\.(csv|tsv|jsonl|ndjson|json|txt)\.gz": "compressed with gzip: unpack it",
@@ -56,10 +56,10 @@ _LOGS = {
 }
 
 
-def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
+def refusal(uri: str, survey: Survey | None, recognized: bool) -> str:
     """Return what a source is and the way to convert it, as the end of a sentence; "" if it is of no kind known here.
 
-    A source that is recognised is refused only if it is a folder that raysl made, or one with a log that says which of
+    A source that is recognized is refused only if it is a folder that raysl made, or one with a log that says which of
     its files are valid.
     """
     if survey is not None:
@@ -72,8 +72,8 @@ def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
         if log := next((log for log in _LOGS if any(log in at.split("/") for at in survey.folders)), ""):
             return f"holds {log}/, so it is {_LOGS[log]} {_AS_FOLDER}"
         path = next((path for path in survey.examples.values() if _suffix(path) in _FORMS), "")
-        return f"holds {printable(path)}, {_FORMS[_suffix(path)]}" if path and not recognised else ""
-    if recognised:
+        return f"holds {printable(path)}, {_FORMS[_suffix(path)]}" if path and not recognized else ""
+    if recognized:
         return ""
     ends = (what for end, what in _ENDS.items() if re.search(rf"{end}$", uri.lower()))
     if what := next(ends, (_FORMS | _LISTS).get(_suffix(uri), "")):

@@ -3,7 +3,7 @@
 torchvision    model.pth, a state dict that loads with strict=True into torchvision's network without its head
 timm           pytorch_model.bin and config.json for `timm.create_model("local-dir:FOLDER")`
 safetensors    model.safetensors, the same state dict, with method, backbone and step as metadata
-onnx           model.onnx, from images of 0 to 255 to features; it includes the normalisation
+onnx           model.onnx, from images of 0 to 255 to features; it includes the normalization
 
 The network of the sounds, of a run of `audio_visual`, is a second file: sound.onnx, sound.safetensors, or sound.pth.
 """

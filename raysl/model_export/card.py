@@ -47,9 +47,9 @@ Weights of the backbone, without a head, after {steps} of pretraining with raysl
 
 {command}
 
-## Licence
+## License
 
-Not chosen. State a licence here before you publish these weights, after checking the terms of the training images.
+Not chosen. State a license here before you publish these weights, after checking the terms of the training images.
 """
 
 _BASELINES = (

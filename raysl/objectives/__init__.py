@@ -138,7 +138,7 @@ class AfterStep(Protocol):
     """Optional part of an objective that follows the weights, such as a momentum encoder."""
 
     def after_step(self, backbone: nn.Module, step: int) -> None:
-        """Update the objective after a step of the optimiser. Every worker calls it once per step.
+        """Update the objective after a step of the optimizer. Every worker calls it once per step.
 
         Args:
             step: number of the step that has just been taken, 0-based.
@@ -175,7 +175,7 @@ class ViewRecipes(Protocol):
 class Alternates(Protocol):
     """Optional part of an objective whose steps take only some of its views, such as one task of several.
 
-    Parameters without a part in a step get no gradient there, and the optimiser leaves them unchanged.
+    Parameters without a part in a step get no gradient there, and the optimizer leaves them unchanged.
     """
 
     def schedule(self) -> Callable[[int], Collection[str]]:

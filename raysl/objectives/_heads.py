@@ -17,13 +17,13 @@ NormName = Literal["none", "batch", "layer"]
 
 
 def projection(head: HeadName, width: int, dim: int, norm: NormName = "none") -> nn.Module:
-    """Build a projection from features (b, width) to embeddings (b, dim), which are not normalised.
+    """Build a projection from features (b, width) to embeddings (b, dim), which are not normalized.
 
     Args:
         head: "linear"; "mlp" with one hidden layer as wide as the features; or "bn", linear on features that are
             standardised over the batch. A small backbone first gives all images nearly the same direction, and a short
             run with a high learning rate may never leave it. Standardised features have no such direction.
-        norm: normalisation of the hidden layer of an "mlp", before its ReLU.
+        norm: normalization of the hidden layer of an "mlp", before its ReLU.
     """
     if head == "linear":
         return nn.Linear(width, dim)

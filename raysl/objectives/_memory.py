@@ -63,7 +63,7 @@ class WithMemory(Base):
         k = config.num_negatives
         self.chance = math.log1p(k) + (0.0 if config.loss == "infonce" else k * math.log1p(1 / k))
         self.image_head = projection(config.head, setup.width, config.dim)
-        # The normalisation constant of "nce": NaN until the first batch sets it, while the bank holds random vectors.
+        # The normalization constant of "nce": NaN until the first batch sets it, while the bank holds random vectors.
         # It is saved, because a later batch would give another value.
         self.register_buffer("z", torch.tensor(float("nan")))
 

@@ -4,7 +4,7 @@ Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Lear
 prediction from one view by the online network (backbone, projector, predictor) and z' the embedding of the other view
 by the target network (backbone, projector), both of unit length,
 
-    L = |q_a - z'_b|^2 + |q_b - z'_a|^2 = 4 - 2 q_a z'_b - 2 q_b z'_a                            (eq. 2, symmetrised)
+    L = |q_a - z'_b|^2 + |q_b - z'_a|^2 = 4 - 2 q_a z'_b - 2 q_b z'_a                            (eq. 2, symmetrized)
     target weights <- m * target weights + (1 - m) * online weights, after every step                    (eq. 1)
 
 with m rising from `momentum` to 1 on a cosine. Published with ResNet-50, 1,000 epochs of ImageNet: 74.3 % top-1 of a
@@ -69,7 +69,7 @@ class Byol(TwoViews):
         }
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """Compute equation 2, symmetrised and averaged over the batch."""
+        """Compute equation 2, symmetrized and averaged over the batch."""
         cosine_b2 = (outputs["predictions"] * outputs["targets"].flip(1)).sum(dim=2)
         return Loss((2 - 2 * cosine_b2).sum(dim=1).mean(), {"similarity": cosine_b2.detach().mean()})
 

@@ -1,4 +1,4 @@
-"""MoCo: a query recognises its own key in a queue of keys, which a momentum encoder computes.
+"""MoCo: a query recognizes its own key in a queue of keys, which a momentum encoder computes.
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", arXiv 1911.05722 (v1); Chen et al.,
 "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297 (v2). With q the embedding of one view, k+

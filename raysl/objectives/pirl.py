@@ -13,8 +13,8 @@ is one of three losses, by `--pirl.loss`:
     paper_h    -log p_0 - sum over j >= 1 of log(1 - p_j)                                               (eq. 3, 4)
     nce        K + 1 binary problems; see objectives/npid.py
 
-Read literally, equation 3 normalises a negative by scores between memory entries, which have no gradient. Like all
-published code, this module normalises by the scores of the query.
+Read literally, equation 3 normalizes a negative by scores between memory entries, which have no gradient. Like all
+published code, this module normalizes by the scores of the query.
 
 Published with ResNet-50, 800 epochs of ImageNet and jigsaw: 63.6 % top-1 of a linear probe (NPID 59.0, prediction of
 the jigsaw 45.7 %) and 57.2 % top-5 from 1 % of the labels. With 400 epochs and 4,096 negatives: jigsaw 62.2, rotation

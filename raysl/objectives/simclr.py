@@ -1,4 +1,4 @@
-"""SimCLR: two views of an image recognise each other among all other views of the batch.
+"""SimCLR: two views of an image recognize each other among all other views of the batch.
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709. With z_a and
 z_b the unit embeddings of the two views of an image, each view is a query (NT-Xent, eq. 1):
@@ -40,7 +40,7 @@ class Config(Checked):
         temperature: softmax temperature tau, > 0 (paper: 0.1 for ImageNet, 0.5 for CIFAR-10).
         dim: D, size of the embeddings.
         head: "mlp" with one hidden layer as in the paper, or "linear".
-        norm: normalisation of the hidden layer. "batch", as in the paper, normalises over the images of one worker, so
+        norm: normalization of the hidden layer. "batch", as in the paper, normalizes over the images of one worker, so
             that gradients depend on the number of workers; "none" and "layer" do not.
     """
 

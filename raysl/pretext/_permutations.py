@@ -58,7 +58,7 @@ def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> Perm
     Args:
         count: 1 .. n!; n! lists all permutations in lexicographic order, for any criterion. At most 100,000 for more
             than nine tiles.
-        criterion: "max_min" maximises the distance of the nearest pair, "max_avg" that of the average pair; "random"
+        criterion: "max_min" maximizes the distance of the nearest pair, "max_avg" that of the average pair; "random"
             samples.
         seed: seed of the first permutation and of random sets.
 

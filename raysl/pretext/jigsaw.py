@@ -34,7 +34,7 @@ class Config(Checked):
         grid: cells per side; a jigsaw has grid * grid patches.
         num_permutations: size of the permutation set. None: all permutations for methods that compare views, such as
             pirl-jigsaw; 100 (or all, if fewer) for methods that predict the permutation, such as predict-jigsaw.
-        criterion: rule that chooses the permutations: "max_min" maximises the smallest Hamming distance between two of
+        criterion: rule that chooses the permutations: "max_min" maximizes the smallest Hamming distance between two of
             them, "max_avg" the average distance, "random" chooses at random.
         permutation_seed: seed of the random choices of `criterion`.
         min_scale: smallest share of the image's area that the crop shows from which the patches are cut (the source

@@ -2,7 +2,7 @@
 
 Doersch, Gupta and Efros 2015, "Unsupervised visual representation learning by context prediction": the centre of a
 3 x 3 grid and one of its eight neighbours. A gap and a jitter keep lines from continuing across patches. Colors are
-dropped, because chromatic aberration of lenses grows towards the border and would reveal the position. At 224 pixels
+dropped, because chromatic aberration of lenses grows toward the border and would reveal the position. At 224 pixels
 the gap is 0.47 of a patch (paper: 0.5); at 32 pixels it is 0.33. Linear ImageNet top-1 of a ResNet-50: 40.4 %
 (MMSelfSup, which turns two of three images gray and does not drop channels).
 """

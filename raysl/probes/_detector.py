@@ -4,7 +4,7 @@ Ren et al. 2015, "Faster R-CNN", with the feature pyramid of Lin et al. 2017, fr
 which modules give maps: the last module of each map size is used, from a quarter of the image size down, four at most.
 Forward hooks read the maps, because torchvision's `create_feature_extractor` cannot trace every backbone. BatchNorm is
 frozen, statistics and weights, as in PIRL. Networks that were trained in different ways differ in the scale of their
-maps (He et al. 2020, MoCo, add normalisation for that reason), so each convolution of the pyramid has a GroupNorm.
+maps (He et al. 2020, MoCo, add normalization for that reason), so each convolution of the pyramid has a GroupNorm.
 
 A vision transformer of timm has one map, that of its last patch tokens. The pyramid takes it at twice, once and half of
 its resolution, as Li et al. 2022, "Exploring plain vision transformer backbones for object detection", without the

@@ -177,7 +177,7 @@ def step(
     rate: float,
     clip_norm: float,
 ) -> None:
-    """Take one step with each optimiser; its learning rate is a multiple of `rate`."""
+    """Take one step with each optimizer; its learning rate is a multiple of `rate`."""
     for solver, multiple in solvers:
         solver.zero_grad()
         for group in solver.param_groups:

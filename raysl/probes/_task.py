@@ -79,7 +79,7 @@ def run_tasks(
     try:
         results: list[Result] = ray.get(running)
     except BaseException as error:  # After an interrupt, too, the tasks would go on in the cluster.
-        # Only running tasks are cancelled: Ray aborts the driver if a task ends at the moment of its cancellation.
+        # Only running tasks are canceled: Ray aborts the driver if a task ends at the moment of its cancellation.
         for task_reference in ray.wait(running, num_returns=len(running), timeout=0)[1]:
             ray.cancel(task_reference)
         if isinstance(error, OutOfMemoryError | WorkerCrashedError):

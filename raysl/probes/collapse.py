@@ -2,14 +2,14 @@
 
 The measures, on the features of at most `max_images` test images:
 
-effective_rank: exp of the entropy of the normalised singular values of the *centred* features (Roy and Vetterli 2007,
+effective_rank: exp of the entropy of the normalized singular values of the *centred* features (Roy and Vetterli 2007,
     "The effective rank: a measure of effective dimensionality", definition 1).
 rankme: RankMe (Garrido et al. 2023, "RankMe: assessing the downstream performance of pretrained self-supervised
     representations by their rank", equation 1): the same entropy of the singular values of the features *as they are*,
     p_k = s_k / sum(s) + 1e-7. The paper computes it on 25,600 images; see --collapse.max-images.
 alpha_req: alpha-ReQ (Agrawal et al. 2022, "alpha-ReQ: assessing representation quality in self-supervised learning by
     measuring eigenspectrum decay"): the exponent alpha of the power law lambda_j ~ j^-alpha that fits the eigenvalues
-    of the covariance, by least squares of log(lambda_j) on log(j). The paper finds good generalisation near 1.
+    of the covariance, by least squares of log(lambda_j) on log(j). The paper finds good generalization near 1.
 spread: mean standard deviation of the components of the unit vectors, times sqrt(d) (SimSiam, Chen and He 2021,
     section 4.1): 1 on a uniformly filled sphere, 0 if all features are equal.
 uniformity: log of the mean of exp(-2 distance^2) over pairs of unit vectors (Wang and Isola 2020, "Understanding

@@ -1,6 +1,6 @@
 """Fine-tuning: the whole network trained on all labels, with a linear classifier on its output.
 
-It measures the network as an initialisation, while the linear probe measures the representation. The schedule is that
+It measures the network as an initialization, while the linear probe measures the representation. The schedule is that
 of VISSL's benchmark on ImageNet (Goyal et al. 2021): 105 epochs, a learning rate of 0.1 for 256 images, divided by ten
 after epochs 30, 60, 90 and 100, no weight decay, random crops and mirroring. VISSL uses Nesterov momentum, and this
 probe plain momentum. On small data sets a few epochs give much the same result.

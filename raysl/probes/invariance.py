@@ -12,7 +12,7 @@ degrees, are left out.
 
 In training each view has a batch of its own, and so its own statistics in every BatchNorm. The running statistics are a
 mixture of views, patches and whole images in a jigsaw, or those of patches alone, and move a view for that reason only.
-So each view is normalised by its own statistics here too, in batches of about 128 images.
+So each view is normalized by its own statistics here too, in batches of about 128 images.
 
 The read-out is the opposite measure: top-1 of a linear probe that predicts the label of t (permutation, angle) from the
 features of all crops side by side, trained on half of the images and scored on the other half, beside chance. For a t

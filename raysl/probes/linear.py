@@ -1,8 +1,8 @@
 """A linear classifier on frozen features.
 
-The default schedule, "optimum", is multinomial logistic regression on features standardised by the train set, minimised
+The default schedule, "optimum", is multinomial logistic regression on features standardised by the train set, minimized
 with L-BFGS (as Kornblith et al. 2019, "Do better ImageNet models transfer better?", and CLIP). It has no learning rate
-that could favour one representation. The weight decay is chosen on a tenth of the train set, from the strongest to the
+that could favor one representation. The weight decay is chosen on a tenth of the train set, from the strongest to the
 first that is worse, and the classifier is then fitted on all of it.
 
 The other schedules are those of Goyal et al. 2019 ("Scaling and benchmarking self-supervised visual representation
@@ -153,7 +153,7 @@ class Solution:
 
 
 class Fit:
-    """Minimise the loss with L-BFGS, in coordinates in which its curvature is about equal in all directions.
+    """Minimize the loss with L-BFGS, in coordinates in which its curvature is about equal in all directions.
 
     The second derivative of the loss is close to covariance / c + weight decay, where c is the number of classes.
     Without the change of coordinates correlated features take ten times the iterations.

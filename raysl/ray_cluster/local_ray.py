@@ -39,7 +39,7 @@ _REMOVE_WITHIN_S = 5.0
 
 @dataclass(frozen=True)
 class _Home:
-    """The folder of a Ray, and the environment to restore afterwards."""
+    """The folder of a Ray, and the environment to restore afterward."""
 
     folder: Path
     lock: int

@@ -22,7 +22,7 @@ from raysl.storage import Folder
 from raysl.stream.views import View
 from raysl.training import recipes
 
-# Images of the pictures; a data set of photographs would need a licence.
+# Images of the pictures; a data set of photographs would need a license.
 DATA, CLIPS = "shapes:64?size=96", "clips:64?size=96"
 _VIEW = ViewConfig(image_size=96)
 _IMAGES = 3

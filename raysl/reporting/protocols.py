@@ -35,10 +35,10 @@ _LEARNS = " It learns from the train images, and refuses test images that are th
 _OWN_IMAGES = (
     " `raysl probe` requires `--train` and `--test`, but this probe does not use them; give any data."
 )
-_OPTIMISER = "optimiser"
-_OF_OPTIMISER = f"""## {_OPTIMISER}
+_OPTIMIZER = "optimizer"
+_OF_OPTIMIZER = f"""## {_OPTIMIZER}
 
-The flags of the optimiser, of the probes that train a network; `PROBE` is the name of the probe. Its section says
+The flags of the optimizer, of the probes that train a network; `PROBE` is the name of the probe. Its section says
 which defaults are others."""
 
 
@@ -47,8 +47,8 @@ def page() -> str:
     rows = [f"| [{name}](#{name}) | {_summary(name)} | {_needs(name)} |" for name in probes.names()]
     table = "\n".join(["| probe | what it measures | needs |", "|---|---|---|", *rows])
     sections = [section(name) for name in probes.names()]
-    optimiser = f"{_OF_OPTIMISER}\n\n{hyperparameters('PROBE.optim', OptimConfig())}"
-    return "\n\n".join(["# Probes", _INTRODUCTION, table, *sections, optimiser]) + "\n"
+    optimizer = f"{_OF_OPTIMIZER}\n\n{hyperparameters('PROBE.optim', OptimConfig())}"
+    return "\n\n".join(["# Probes", _INTRODUCTION, table, *sections, optimizer]) + "\n"
 
 
 def _summary(name: str) -> str:
@@ -85,7 +85,7 @@ def section(name: str) -> str:
         f"- Needs: {_needs(name)}.{learns}{own_images}",
     ]
     others = {probes.config_type(other): other for other in probes.names()}
-    table = hyperparameters(name.replace("_", "-"), config, {**others, OptimConfig: _OPTIMISER})
+    table = hyperparameters(name.replace("_", "-"), config, {**others, OptimConfig: _OPTIMIZER})
     return "\n\n".join([f"## {name}", said, f"```\n{command}\n```", "\n".join(lines), table])
 
 

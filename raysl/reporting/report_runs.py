@@ -207,7 +207,7 @@ def _backbone(member: ReportRun) -> str:
 
 
 def layers(rows: Sequence[LabelledRow]) -> list[str]:
-    """Return the layers of rows, from the image upwards."""
+    """Return the layers of rows, from the image upward."""
     seen = dict.fromkeys(item.row["layer"] for item in rows)
     known = [layer for layer in _LAYER_ORDER if layer in seen]
     return known + [layer for layer in seen if layer not in known]

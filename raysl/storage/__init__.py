@@ -133,7 +133,7 @@ class Folder:
     uri: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "uri", _normalised(path_text(self.uri)))
+        object.__setattr__(self, "uri", _normalized(path_text(self.uri)))
 
     def __str__(self) -> str:
         return self.uri
@@ -325,7 +325,7 @@ def _open_unnamed(folder: str) -> BinaryIO | None:
     return None
 
 
-def _normalised(uri: str) -> str:
+def _normalized(uri: str) -> str:
     """Return an absolute path or a URI without its trailing slash."""
     faults = {
         "is empty": not uri.strip(),

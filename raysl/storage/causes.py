@@ -23,7 +23,7 @@ def as_os_error(path: str, error: Exception) -> OSError | None:
     """Return an error as one of the file system of `path`; None if it is another, such as a mistake of raysl.
 
     Arrow and the disk raise OSError. Packages that fsspec loads also raise classes of their own, as httpx and
-    huggingface_hub do for hf://. They are recognised by the package that defines or raises them, without importing it.
+    huggingface_hub do for hf://. They are recognized by the package that defines or raises them, without importing it.
     """
     if isinstance(error, OSError):
         return error

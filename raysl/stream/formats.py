@@ -263,6 +263,6 @@ def _open_psd(data: bytes) -> Image.Image:
     image = psd_tools.PSDImage.open(io.BytesIO(data)).topil()
     if image is None:
         raise DecodeError(
-            "is a Photoshop file without a flattened picture: save it with maximised compatibility"
+            "is a Photoshop file without a flattened picture: save it with maximized compatibility"
         )
     return image  # type: ignore[no-any-return]

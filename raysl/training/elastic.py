@@ -85,7 +85,7 @@ class CapacityRequest:
 
 @dataclass
 class Resizing:
-    """Decide when a worker group should stop in favour of one of another size. `clock` is an argument for tests."""
+    """Decide when a worker group should stop in favor of one of another size. `clock` is an argument for tests."""
 
     counts: Sequence[int]
     group: WorkerGroup

@@ -78,7 +78,7 @@ def is_done(config: Pretraining, end: int, num_steps: int) -> bool:
 def _check_space(config: Pretraining, model: Model, num_images: int) -> None:
     """Raise UserError if the disk of the run surely cannot hold one checkpoint: the weights and the memory bank.
 
-    The state of the optimiser is not counted, because its size is not known before the first step.
+    The state of the optimizer is not counted, because its size is not known before the first step.
     """
     folder = Folder(config.run)
     if not folder.is_local:

@@ -69,7 +69,7 @@ class Job:
 
 
 class Worker:
-    """One training worker: its model, optimiser, bank and stream (from Ray Data without `reader`), and the step."""
+    """One training worker: its model, optimizer, bank and stream (from Ray Data without `reader`), and the step."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class Worker:
         self.saver.wait()
 
     def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
-        """Take a step of the optimiser, then update the objective and the bank."""
+        """Take a step of the optimizer, then update the objective and the bank."""
         # Dropout and stochastic depth use torch's generators. A seed per step gives a resumed run the same numbers.
         torch.manual_seed(key(self.config.seed, "step", self.step, self.rank) >> 1)
         for group in self.optimizer.param_groups:
@@ -234,9 +234,9 @@ class Worker:
         return torch.autocast(self.device.type, dtype)
 
     def wrapped_model(self) -> nn.Module:
-        """Return the model to train: with synchronised BatchNorm, compiled and data-parallel, as configured."""
+        """Return the model to train: with synchronized BatchNorm, compiled and data-parallel, as configured."""
         if self.config.backbone.norm == "sync" and self.world > 1:
-            norm.synchronise(self.model, self.device)
+            norm.synchronize(self.model, self.device)
         model: nn.Module = self.model
         if self.config.compile:
             norm.prepare_compilation()

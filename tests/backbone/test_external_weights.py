@@ -321,7 +321,7 @@ def test_only_safe_readers_are_used() -> None:
             assert "import pickle" not in file.read_text(), file
 
 
-def test_a_tag_of_timm_decides_the_normalisation() -> None:
+def test_a_tag_of_timm_decides_the_normalization() -> None:
     pytest.importorskip("timm")
     dino = network.timm_backbone("vit_small_patch16_224.dino")
     assert (dino.mean.flatten() / 255).tolist() == pytest.approx((0.485, 0.456, 0.406))

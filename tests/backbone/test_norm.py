@@ -112,7 +112,7 @@ def _train(rank: int, world: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
     model = network
     if world > 1:
-        norm.synchronise(network, torch.device("cpu"))
+        norm.synchronize(network, torch.device("cpu"))
         model = DistributedDataParallel(network)
     found: dict[str, Any] = {"losses": [], "grads": []}
     for step in range(STEPS):
@@ -136,7 +136,7 @@ def _process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_synchronised_statistics_on_two_workers_are_those_of_one_with_the_whole_batch(tmp_path: Path) -> None:
+def test_synchronized_statistics_on_two_workers_are_those_of_one_with_the_whole_batch(tmp_path: Path) -> None:
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
     start_processes(_process, (str(tmp_path),), WORLD, start_method="forkserver")  # type: ignore[no-untyped-call]
     alone = _train(0, 1)
@@ -146,10 +146,10 @@ def test_synchronised_statistics_on_two_workers_are_those_of_one_with_the_whole_
         torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-3)
 
 
-def test_synchronising_keeps_the_weights_that_an_optimiser_holds() -> None:
+def test_synchronizing_keeps_the_weights_that_an_optimizer_holds() -> None:
     network = _network()
     before, state = list(network.parameters()), copy.deepcopy(network.state_dict())
-    norm.synchronise(network, torch.device("cpu"))
+    norm.synchronize(network, torch.device("cpu"))
     assert [id(p) for p in network.parameters()] == [id(p) for p in before]
     torch.testing.assert_close(network.state_dict(), state, atol=0, rtol=0)
     plain = _network()

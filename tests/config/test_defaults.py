@@ -162,7 +162,7 @@ def test_help_says_which_defaults_are_chosen(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(("name", "lr"), [("sgd", 0.12), ("adamw", 0.003), ("lars", 3.0)])
-def test_each_optimiser_gets_a_learning_rate_that_suits_it(name: str, lr: float, small: DataSet) -> None:
+def test_each_optimizer_gets_a_learning_rate_that_suits_it(name: str, lr: float, small: DataSet) -> None:
     made = defaults.choose_defaults({**RUN, "optim": {"name": name}}, small, 1, False)
     assert (made.optim.name, made.optim.lr, made.optim.weight_decay) == (name, lr, 1e-4)
     assert (
@@ -170,7 +170,7 @@ def test_each_optimiser_gets_a_learning_rate_that_suits_it(name: str, lr: float,
     )
 
 
-def test_an_optimiser_that_is_given_whole_stays(small: DataSet) -> None:
+def test_an_optimizer_that_is_given_whole_stays(small: DataSet) -> None:
     given = OptimConfig("adamw", lr=0.002)
     assert defaults.choose_defaults({**RUN, "optim": given}, small, 1, False).optim == given
 

@@ -45,7 +45,7 @@ def test_patch_tokens_of_a_transformer_are_a_map_in_the_order_of_the_patches() -
     network = RandomBackbone(config, 0).network().eval()
     with torch.inference_mode():
         body: Any = network.body
-        tokens_btd = body.forward_features(network.normalised(IMAGES))
+        tokens_btd = body.forward_features(network.normalized(IMAGES))
     torch.testing.assert_close(found["pooled"][:, :, 1, 2], tokens_btd[:, 1 + 1 * 4 + 2])
 
 

@@ -1,4 +1,4 @@
-"""Folders of image files: which layout is recognised, which labels and splits come out, and what is left out."""
+"""Folders of image files: which layout is recognized, which labels and splits come out, and what is left out."""
 
 from __future__ import annotations
 

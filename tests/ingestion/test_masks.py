@@ -110,7 +110,7 @@ def _calls(classes: int) -> int:
     before = sys.getprofile()
     sys.setprofile(count)
     try:
-        found = layout.recognise(survey, lambda splits: "", "auto", LeftOut())
+        found = layout.recognize(survey, lambda splits: "", "auto", LeftOut())
         kept = [found.label(file.path) for file in files if "images" in file.path]
     finally:
         sys.setprofile(before)

@@ -98,7 +98,7 @@ class TestTurns:
         assert turns(3) == ("jigsaw",)
 
 
-def test_grey_shows_every_task_the_same_kind_of_image() -> None:
+def test_gray_shows_every_task_the_same_kind_of_image() -> None:
     _, objective = make(*TASKS, gray=True)
     _, colored = make(*TASKS)
     of, plain = batch(objective, TASKS), batch(colored, TASKS)

@@ -154,7 +154,7 @@ def test_mae_sees_a_quarter_and_is_judged_on_the_rest() -> None:
     outputs = objective(backbone, of.views)
     mask = outputs["mask"].numpy()
     assert mask.sum(1).tolist() == [12] * 4
-    x = backbone.normalised(of.views["image"][:, 0]).numpy()
+    x = backbone.normalized(of.views["image"][:, 0]).numpy()
     patches = x.reshape(4, 3, 4, 4, 4, 4).transpose(0, 2, 4, 1, 3, 5).reshape(4, 16, 48)
     targets = (patches - patches.mean(2, keepdims=True)) / np.sqrt(
         patches.var(2, keepdims=True, ddof=1) + 1e-6

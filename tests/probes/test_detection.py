@@ -100,14 +100,14 @@ def said(
 def test_boxes_are_read_from_one_based_corners_and_clipped_or_dropped(tmp_path: Path) -> None:
     objects: list[tuple[str, Corners]] = [
         ("whole", (1, 1, SIDE, SIDE)),
-        ("outwards", (-9, 11, 20, 500)),
+        ("outward", (-9, 11, 20, 500)),
         ("outside", (70, 70, 90, 90)),
         ("turned", (30, 30, 20, 20)),
         ("pixel", (5, 5, 5, 5)),
     ]
     add(tmp_path, "a", "train", objects)
     (found,) = _voc.read(Folder(str(tmp_path)), "train")
-    assert found.classes == ("whole", "outwards", "pixel")
+    assert found.classes == ("whole", "outward", "pixel")
     wanted = [[0, 0, SIDE, SIDE], [0, 10, 20, SIDE], [4, 4, 5, 5]]
     np.testing.assert_array_equal(found.boxes_n4, np.array(wanted, np.float32))
     assert (found.dropped, found.clipped) == (2, 1)

@@ -29,8 +29,8 @@ def sphere(seed: int) -> NDArray[np.float64]:
     radius, centre = random.uniform(9, 14), random.uniform(13, 19, 2)
     across, down = (x - centre[0]) / radius, (y - centre[1]) / radius
     inside = across**2 + down**2 < 0.9
-    towards = np.sqrt(np.clip(1 - across**2 - down**2, 0, None))
-    found: NDArray[np.float64] = np.stack([across, down, towards], -1) * inside[..., None]
+    toward = np.sqrt(np.clip(1 - across**2 - down**2, 0, None))
+    found: NDArray[np.float64] = np.stack([across, down, toward], -1) * inside[..., None]
     return found
 
 

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 
 def ramp(height: int = 24, width: int = 32) -> NDArray[np.uint8]:
-    """An image without symmetry: red grows to the right, green downwards, blue fills the top left."""
+    """An image without symmetry: red grows to the right, green downward, blue fills the top left."""
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = np.linspace(0, 255, width)
     image[..., 1] = np.linspace(0, 255, height)[:, None]
@@ -156,8 +156,8 @@ def test_transparent_colors_of_palettes_and_keys() -> None:
     palette = Image.fromarray(ramp()).quantize(16)
     expected = np.where((np.asarray(palette) == 3)[..., None], 255, np.asarray(palette.convert("RGB")))
     assert off(one(file(palette, "PNG", transparency=3)), expected) == 0
-    grey16 = GRAY.astype(np.uint16) * 257
-    assert off(one(png16(grey16, 0, (b"tRNS", struct.pack(">H", 0)))), np.where(GRAY == 0, 255, GRAY)) == 0
+    gray16 = GRAY.astype(np.uint16) * 257
+    assert off(one(png16(gray16, 0, (b"tRNS", struct.pack(">H", 0)))), np.where(GRAY == 0, 255, GRAY)) == 0
     rgb16 = ramp().astype(np.uint16) * 257
     key = struct.pack(">HHH", *rgb16[0, 0])
     expected = np.where((ramp() == ramp()[0, 0]).all(2)[..., None], 255, ramp())
@@ -449,7 +449,7 @@ def test_a_tile_may_have_more_pixels_than_are_allowed_in_an_image(kind: Any) -> 
     assert off(one(data, config), pixels_hwc) <= 1
 
 
-@pytest.mark.parametrize("line", [b"<!-- licence -->\n", b"<?licence?>\n", b" \n"])
+@pytest.mark.parametrize("line", [b"<!-- license -->\n", b"<?license?>\n", b" \n"])
 def test_a_long_head_of_xml_takes_no_time_and_hides_no_drawing(line: bytes) -> None:
     # With a slow expression, each line doubles the time: 22 take seconds.
     assert not looks_like_image(22 * line + b"<!ELEMENT a (b)>")

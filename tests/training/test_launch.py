@@ -71,7 +71,7 @@ def losses(run: str) -> dict[int, float]:
 
 
 def assert_same_end(run: str, expected: Run) -> None:
-    """Bit for bit: every loss of the curve, the weights and statistics, the optimiser and the memory bank."""
+    """Bit for bit: every loss of the curve, the weights and statistics, the optimizer and the memory bank."""
     assert losses(run) == losses(str(expected.folder))
     (state, banks), (state_, banks_) = Run.open(run).newest().load(), expected.newest().load()
     # Digests, since a difference of two networks is not for reading.

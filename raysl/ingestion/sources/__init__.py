@@ -3,7 +3,7 @@
 A file `sources/foo.py` describes one kind with
 
     SUMMARY = "..."                             what such a source is, in a few words
-    def recognise(location: SourceLocation) -> Confidence   whether it is of this kind
+    def recognize(location: SourceLocation) -> Confidence   whether it is of this kind
     class Source                                the opened source; see `Source`
     def read(unit: Unit) -> Iterator[Row]       the rows of a unit, in a worker
 
@@ -53,7 +53,7 @@ class ReadConfig(CheckedTop):
         label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it. "cls"
             reads a text in a .cls member of an archive as the name of a class.
         image_column: column of tables, or suffix of the images in archives, to read; "" to guess it.
-        labels: "folders" makes each folder a class, whatever its name; "none" ingests without labels; "auto" recognises
+        labels: "folders" makes each folder a class, whatever its name; "none" ingests without labels; "auto" recognizes
             the layout.
         follow_links: follow links, and paths in tables, that point outside the source.
         fps: maximum number of frames that are kept of each second of a video.
@@ -208,7 +208,7 @@ def _kinds() -> dict[str, ModuleType]:
     return {name: plugins.module(__name__, name, "source") for name in plugins.names(__name__)}
 
 
-def recognised() -> str:
+def recognized() -> str:
     """Return what can be ingested, as one sentence."""
     kinds = "; ".join(sorted((kind.SUMMARY for kind in _kinds().values()), key=str.lower))
     return f"A source is one of: {kinds}. Examples: photos/, cifar10#train, a.zip, s3://bucket/photos, shapes:1000."
@@ -216,9 +216,9 @@ def recognised() -> str:
 
 @names_checked()
 def open_source(location: SourceLocation) -> Opened:
-    """Recognise and open a source. Raises UserError if no kind recognises it, or if it cannot be opened."""
+    """Recognize and open a source. Raises UserError if no kind recognizes it, or if it cannot be opened."""
     try:
-        confidence = {name: kind.recognise(location) for name, kind in _kinds().items()}
+        confidence = {name: kind.recognize(location) for name, kind in _kinds().items()}
         best = max(confidence, key=lambda name: int(confidence[name]))
         there = Folder(location.uri).exists()
         survey = location.survey[0] if location.is_folder else None
@@ -232,10 +232,10 @@ def open_source(location: SourceLocation) -> Opened:
         left_out = location.survey[1]
         left_out.update(location.survey[0].others())
         table = left_out.kinds.get(TABLE, (0, ""))[1]
-        advice = f"Give the table as the source: {join(location.uri, table)!r}." if table else recognised()
+        advice = f"Give the table as the source: {join(location.uri, table)!r}." if table else recognized()
         raise UserError(f"The folder {location.uri!r} holds no images. It holds {left_out}. {advice}")
     if there:
-        raise UserError(f"The file {location.uri!r} is of no known kind. {recognised()}")
+        raise UserError(f"The file {location.uri!r} is of no known kind. {recognized()}")
     if location.uri.startswith(("http://", "https://", "ftp://")):
         raise UserError(
             f"The source {location.uri!r} cannot be read: {web_answer(location.uri)}. From the web, raysl reads single "

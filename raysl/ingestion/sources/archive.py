@@ -1,6 +1,6 @@
 """Archives: tar (compressed or not, by content), WebDataset shards, and zip.
 
-The names inside an archive are a tree of files, and `raysl.ingestion.layout` recognises its classes and splits. In a
+The names inside an archive are a tree of files, and `raysl.ingestion.layout` recognizes its classes and splits. In a
 WebDataset the files of a sample share a key: that of `a/b/0001.seg.png` is `a/b/0001`. Its label is in `.cls` as
 digits, or in a field of `.json`. Archives are never unpacked to disk: what a member is called does not matter for
 safety.
@@ -65,7 +65,7 @@ _WHOLE = UnitSize(sys.maxsize, sys.maxsize)
 _PREFERRED = ("jpg", "jpeg", "png", "webp", "image", "img")
 
 
-def recognise(location: SourceLocation) -> Confidence:
+def recognize(location: SourceLocation) -> Confidence:
     if location.uri.lower().endswith(_SUFFIXES) and not location.is_folder and Folder(location.uri).exists():
         return Confidence.IS
     if not location.is_folder:
@@ -145,7 +145,7 @@ class Source:
         self.name = str(replace(location, split=split or inner))
 
     def _inner_split(self, location: SourceLocation) -> str:
-        """Recognise the classes and splits in the archives."""
+        """Recognize the classes and splits in the archives."""
         listings = self._listings
         for listing in listings:
             self.found.left_out.update(listing.left_out)
@@ -165,7 +165,7 @@ class Source:
         survey = Survey.of(chain(images, (File(name, 0, 0) for name in tables)), lambda _: JPEG, about)
         inner = LeftOut()
         choose = partial(choose_split, replace(location, split="") if self._split else location)
-        self._layout = layout.recognise(survey, choose, location.config.labels, inner)
+        self._layout = layout.recognize(survey, choose, location.config.labels, inner)
         if location.config.labels == "auto":
             self._apply_tables(location.config.label_column)
         self.found.left_out.update(inner)

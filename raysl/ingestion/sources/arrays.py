@@ -65,7 +65,7 @@ class Part:
     images: str = ""  # name of an array
 
 
-def recognise(location: SourceLocation) -> Confidence:
+def recognize(location: SourceLocation) -> Confidence:
     if location.uri == "fashion-mnist":
         return Confidence.SIGNATURE
     if not location.is_folder:

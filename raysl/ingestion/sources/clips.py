@@ -32,7 +32,7 @@ _RATE = 8.0
 _UNIT_CLIPS = 256
 
 
-def recognise(location: SourceLocation) -> Confidence:
+def recognize(location: SourceLocation) -> Confidence:
     return Confidence.IS if location.uri.partition(":")[0].partition("?")[0] == "clips" else Confidence.NO
 
 

@@ -29,7 +29,7 @@ _FILES_AT_ONCE = 4
 _MOST_BYTES = 1 << 30
 
 
-def recognise(location: SourceLocation) -> Confidence:
+def recognize(location: SourceLocation) -> Confidence:
     there = _holds_videos(location) or (location.is_folder and location.survey[0].images())
     return Confidence.COULD_BE if there else Confidence.NO
 
@@ -55,7 +55,7 @@ class Source:
                 files = (replace(file, path=name) for file in files)
             self._survey = Survey.of(files, lambda path: b"", about=VIDEO)
         labels, choose = location.config.labels, partial(choose_split, location)
-        self._layout = layout.recognise(self._survey, choose, labels, left_out)
+        self._layout = layout.recognize(self._survey, choose, labels, left_out)
         self.found = self._layout.found
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []

@@ -22,7 +22,7 @@ _OPTIONS = {"seed": (0, 0, 2**62), "size": (32, 16, 512), "plain": (0, 0, 1)}
 _BATCH_PIXELS = 256 * 32 * 32
 
 
-def recognise(location: SourceLocation) -> Confidence:
+def recognize(location: SourceLocation) -> Confidence:
     return Confidence.IS if location.uri.partition(":")[0].partition("?")[0] == "shapes" else Confidence.NO
 
 

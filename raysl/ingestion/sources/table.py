@@ -44,7 +44,7 @@ _BINARY = (".parquet", ".arrow", ".feather")
 _IN_PARALLEL, _AT_ONCE = 16, 64
 
 
-def recognise(location: SourceLocation) -> Confidence:
+def recognize(location: SourceLocation) -> Confidence:
     if not location.is_folder:
         is_table = location.uri.lower().endswith(tables.SUFFIXES) and Folder(location.uri).exists()
         return Confidence.IS if is_table else Confidence.NO

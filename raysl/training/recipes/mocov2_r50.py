@@ -6,7 +6,7 @@ head, blur, cosine schedule, and a queue of 65,536 keys. With `--epochs 800`: 71
 Hardware: 8 GPUs with two views of 32 images of 224 pixels each.
 
 Differences from the authors' code: older keys of the query's own image in the queue are no negatives, biases and
-normalisation layers do not decay, and the rate ends at a thousandth of its peak and not at zero.
+normalization layers do not decay, and the rate ends at a thousandth of its peak and not at zero.
 """
 
 from __future__ import annotations

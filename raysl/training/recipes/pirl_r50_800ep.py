@@ -12,8 +12,8 @@ Differences from VISSL:
 - The negatives leave out the image itself, as in the equations (VISSL: they may include it).
 - Both terms of the loss share their negatives, as in PyContrast (VISSL: samples them for each term).
 - The NCE loss has no epsilon in its denominators (VISSL: 1.2e-7), a relative difference of 4e-4 at the start.
-- The initial rows of the memory bank have length 1 (VISSL: they are not normalised).
-- Biases do not decay (VISSL: only normalisation layers do not).
+- The initial rows of the memory bank have length 1 (VISSL: they are not normalized).
+- Biases do not decay (VISSL: only normalization layers do not).
 - The source image is flipped before it is cut, all patches alike (VISSL: each patch by itself).
 - Color jitter is one affine map without clamping and hue rotates in YIQ (VISSL: four steps in random order, hue in
   HSV).

@@ -7,7 +7,7 @@ Hardware: two views of 4,096 images in each step, with BatchNorm statistics over
 two views of 64 images of 224 pixels each.
 
 Differences from VISSL: BatchNorm statistics are those of one view of all images (VISSL: both views, in groups of 8
-GPUs); biases and normalisation layers do not decay and take ordinary steps; the rate ends at a thousandth of its peak
+GPUs); biases and normalization layers do not decay and take ordinary steps; the rate ends at a thousandth of its peak
 and not at zero.
 """
 
