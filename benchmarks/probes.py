@@ -33,12 +33,12 @@ from torch import Tensor
 
 from raysl import extraction, ray_cluster
 from raysl.ingestion import open_or_ingest, splits
-from raysl.probes import Labelled, common_labels, knn, linear
+from raysl.probes import Labeled, common_labels, knn, linear
 from raysl.run import Run
 from raysl.storage import Folder
 
 # Name and width of a layer, train set, test set.
-Layer = tuple[str, Labelled, Labelled]
+Layer = tuple[str, Labeled, Labeled]
 WIDTHS = {"conv1": 6144, "res2": 3072, "res3": 1536, "res4": 768, "pooled": 192}
 KNN_WIDTH = 512
 CLASSES = 10
@@ -81,7 +81,7 @@ def main(flags: Flags) -> None:
         flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def random_set(count: int, width: int, seed: int) -> Labelled:
+def random_set(count: int, width: int, seed: int) -> Labeled:
     """Return features that depend on the class in part."""
     shared, own = torch.Generator().manual_seed(width), torch.Generator().manual_seed(seed)
     means_cf = torch.randn(CLASSES, FACTORS, generator=shared) * 0.5
@@ -89,7 +89,7 @@ def random_set(count: int, width: int, seed: int) -> Labelled:
     labels_n = torch.randint(CLASSES, (count,), generator=own)
     factors_nf = means_cf[labels_n] + torch.randn(count, FACTORS, generator=own)
     features_nd = (factors_nf @ mix_fd).add_(torch.randn(count, width, generator=own)).relu_()
-    return Labelled(features_nd.numpy(), labels_n.numpy(), f"random {seed}")
+    return Labeled(features_nd.numpy(), labels_n.numpy(), f"random {seed}")
 
 
 def knn_row(flags: Flags) -> dict[str, Any]:
@@ -128,12 +128,12 @@ def run_layers(flags: Flags) -> Iterator[Layer]:
     labels = common_labels(*sets)
     for layer, spec in specs.items():
         train, test = (
-            Labelled(one[spec].load(), labels_n) for one, labels_n in zip(tables, labels, strict=True)
+            Labeled(one[spec].load(), labels_n) for one, labels_n in zip(tables, labels, strict=True)
         )
         yield f"{layer}, {train.features_nd.shape[1]}", train, test
 
 
-def linear_row(flags: Flags, layer: str, train: Labelled, test: Labelled) -> dict[str, Any]:
+def linear_row(flags: Flags, layer: str, train: Labeled, test: Labeled) -> dict[str, Any]:
     """Return the row of the linear probe on a layer."""
     probe = linear.Linear(linear.Config(flags.schedule))  # type: ignore[arg-type]
     rounds = []

@@ -58,8 +58,8 @@ class Flags:
     """Time a sweep and its runs.
 
     Args:
-        data: labelled images that are learned from.
-        test: labelled images that the probe is scored on.
+        data: labeled images that are learned from.
+        test: labeled images that the probe is scored on.
         out: file of rows, to which those of this call are added.
         rounds: of both.
         epochs: of each run; long enough that a run takes minutes, as runs do.

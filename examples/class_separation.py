@@ -23,7 +23,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, check
+from raysl.probes import Labeled, Row, Settings, check
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ClassSeparation:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
+    def run(self, train: Labeled, test: Labeled) -> Iterator[Row]:
         """Yield R^2; 0 if all features have one direction, or if fewer than two classes are left."""
         check("class_separation", train, test)
         lengths_n1 = np.linalg.norm(test.features_nd, axis=1, keepdims=True)

@@ -27,7 +27,7 @@ from raysl.dataset import DataSet
 from raysl.evaluation.evaluate import probe
 from raysl.experiment.script import Flags, command, locally, pretrained
 from raysl.ingestion import open_or_ingest, splits
-from raysl.ingestion.subset import relabelled
+from raysl.ingestion.subset import relabeled
 from raysl.optim import OptimConfig
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -107,7 +107,7 @@ def derive(dataset: DataSet, folder: Folder, classes: range, noise: float = 0.0,
     others_k = (labels_k + generator.integers(1, len(classes), len(labels_k))) % len(classes)
     names = [dataset.manifest.classes[i] for i in classes]
     source = f"{dataset.manifest.source}, classes {classes.start} to {classes.stop - 1}, noise {noise}"
-    made = relabelled(dataset, chosen_k, np.where(wrong_k, others_k, labels_k), names, folder, source)
+    made = relabeled(dataset, chosen_k, np.where(wrong_k, others_k, labels_k), names, folder, source)
     return str(made.folder)
 
 

@@ -19,7 +19,7 @@ from raysl.experiment.comparison import ComparisonFlags, measured, reported, sma
 from raysl.experiment.script import command
 from raysl.ingestion import open_or_ingest, splits
 from raysl.probes.invariance import Config as Invariance
-from raysl.reporting.report_runs import LabelledRow, groups
+from raysl.reporting.report_runs import LabeledRow, groups
 from raysl.reporting.run_figures import colors
 from raysl.reporting.tables import estimates
 from raysl.run import Run
@@ -68,7 +68,7 @@ def scatter(runs: Sequence[Run], train: str, test: str, invariance: Invariance) 
                 kept = rows_of_probe(member.run, name, train, test, config, step=member.run.newest().step)
                 names = {"trained": group.label, "random": "untrained"}  # pixels have no invariance
                 rows += [
-                    LabelledRow(names[row["encoder"]], row)
+                    LabeledRow(names[row["encoder"]], row)
                     for row in kept
                     if row["primary"] and row["encoder"] in names
                 ]

@@ -25,7 +25,7 @@ from raysl.dataset import DataSet
 from raysl.evaluation.evaluate import probe
 from raysl.experiment.script import Flags, command, locally
 from raysl.ingestion import open_or_ingest, splits
-from raysl.ingestion.subset import relabelled
+from raysl.ingestion.subset import relabeled
 from raysl.optim import OptimConfig
 from raysl.run import jsonl
 from raysl.storage import Folder
@@ -131,7 +131,7 @@ def _split(flags: RecipeFlags) -> tuple[DataSet, DataSet]:
     for name, chosen_k in parts.items():
         chosen_k = np.sort(chosen_k)
         labels_k, folder = train.labels()[chosen_k], Folder(flags.runs) / f"data-{name}"
-        made[name] = relabelled(
+        made[name] = relabeled(
             train, chosen_k, labels_k, train.manifest.classes, folder, f"{name} of the search"
         )
     return made["train"], made["judge"]

@@ -24,7 +24,7 @@ class Flags:
     """Sweep with a plain `tune.Tuner`.
 
     Args:
-        data: labelled images; a tenth is held out, on which the trials are compared.
+        data: labeled images; a tenth is held out, on which the trials are compared.
         out: folder of runs and results.
         epochs: visits to every image in a full run.
         samples: number of trials.

@@ -1,4 +1,4 @@
-"""Pretrain on any images and probe on a labelled set: test how much uncurated images help.
+"""Pretrain on any images and probe on a labeled set: test how much uncurated images help.
 
 Command:  python experiments/uncurated.py --source IMAGES --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
@@ -21,7 +21,7 @@ from raysl.storage import Folder
 
 @dataclass(frozen=True)
 class SourceFlags(ComparisonFlags):
-    """Pretrain on the source and on the labelled data, and probe both on the labelled data.
+    """Pretrain on the source and on the labeled data, and probe both on the labeled data.
 
     Args:
         source: images to learn from; labels are not used.

@@ -395,7 +395,7 @@ def test_the_example_of_a_probe_is_its_papers_equation() -> None:
     config_type, probe_type = probes.load("class_separation")
     labels_n = np.repeat(np.arange(4), (5, 3, 8, 1))
     x = np.random.default_rng(0).normal(size=(17, 6)).astype(np.float32) + labels_n[:, None]
-    data = probes.Labelled(x, labels_n)
+    data = probes.Labeled(x, labels_n)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     distance = 1 - unit @ unit.T
     pairs = [[distance[np.ix_(labels_n == i, labels_n == j)].mean() for j in range(3)] for i in range(3)]

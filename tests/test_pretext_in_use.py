@@ -128,11 +128,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 
 # These change nothing that could be told: they are there to be compared, or for an objective that knows places.
-UNLABELLED = ("identity", "multi_crop", "patch_grid", "near_frame", "tracking")
+UNLABELED = ("identity", "multi_crop", "patch_grid", "near_frame", "tracking")
 
 
 @pytest.mark.parametrize("objective", ["predict", "pirl"])
-@pytest.mark.parametrize("transform", [name for name in pretext.names() if name not in UNLABELLED])
+@pytest.mark.parametrize("transform", [name for name in pretext.names() if name not in UNLABELED])
 def test_every_transform_trains_when_predicted_and_when_compared(
     objective: str, transform: str, dataset: DataSet, clips: DataSet
 ) -> None:
@@ -152,7 +152,7 @@ def test_targets_are_the_same_wherever_views_are_made(
     here, there = (first_batch(*make(f"pirl-{transform}", place), dataset) for place in ("data", "trainer"))
     assert here.views.keys() == there.views.keys()
     assert here.targets.keys() == there.targets.keys()
-    assert ("transformed" in here.targets) == (transform not in UNLABELLED)
+    assert ("transformed" in here.targets) == (transform not in UNLABELED)
     for name, target in here.targets.items():
         assert target.dtype == there.targets[name].dtype
         assert torch.equal(target, there.targets[name])

@@ -130,7 +130,7 @@ def probe(
 
     Args:
         checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, an export, a weights file, or "random".
-        train, test: labelled data that the probes learn from, and labelled data on which the probes are scored.
+        train, test: labeled data that the probes learn from, and labeled data on which the probes are scored.
         probes: a name, or names, of probes; `raysl methods` lists them.
         layers: "all" is conv1, res2 to res5 and pooled.
         encoders: of a run, any of these and "momentum"; see `raysl.evaluation.options.ProbeConfig`.
@@ -280,7 +280,7 @@ def sweep(
 
     Args:
         data: images to learn from.
-        test: labelled images on which the chosen trial is scored once. Trials are compared on `validation`.
+        test: labeled images on which the chosen trial is scored once. Trials are compared on `validation`.
         out: folder of the sweep, a path or a URI.
         vary: hyperparameters to vary, such as "temperature", "temperature=0.05,0.1" or {"temperature": [0.05, 0.1]}.
         config: the configuration of the sweep.

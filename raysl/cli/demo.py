@@ -30,7 +30,7 @@ class DemoConfig(CheckedTop):
     """Pretrain SimCLR on a few thousand images without labels and measure what it has learned.
 
     Args:
-        data: labelled images: "shapes" draws its own; "fashion-mnist", a folder, Parquet files or any other source
+        data: labeled images: "shapes" draws its own; "fashion-mnist", a folder, Parquet files or any other source
             of `raysl ingest`. A source with splits is used as "train" and "test"; of any other, kNN alone is measured,
             on the same images.
         out: folder for the run and the picture; by default a new temporary folder.

@@ -54,7 +54,7 @@ def _next_commands(run: Run, data: str, own_code: Collection[str] = ()) -> str:
     first = f"  export {_trusting()}    allow these to run your code\n" if own_code else ""
     return (
         f"{first}"
-        f"  raysl probe {folder} --train LABELLED --test OTHERS    measure it\n"
+        f"  raysl probe {folder} --train LABELED --test OTHERS    measure it\n"
         f"  raysl features {folder} --data {shlex.quote(data)} --out FEATURES    features of images as Parquet\n"
         f"  raysl export {folder}    weights for other programs"
     )
@@ -105,8 +105,8 @@ class ProbeFlags:
         checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a folder of `raysl export`,
             or "random"; or a weights file, with --backbone.name and --out: a state dict of PyTorch, a checkpoint
             that holds one, or safetensors.
-        train: labelled data that the probes learn from.
-        test: labelled data on which the probes are scored.
+        train: labeled data that the probes learn from.
+        test: labeled data on which the probes are scored.
         probes: names of probes: PROBES. docs/methods/probes.md describes them. Each probe has flags of its own, such as
             --linear.schedule fast; help lists them for the probes that are given.
         layers: layers to measure: "pooled", the output of the backbone; "all" adds the stages of a ResNet, conv1 and

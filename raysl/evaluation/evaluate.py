@@ -30,7 +30,7 @@ from raysl.evaluation.results import (
 from raysl.evaluation.train_test_overlap import refuse_same_images, same_set, warn_of_same, warn_of_shared
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
 from raysl.ingestion import open_or_ingest
-from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe, Row, Subject, common_labels
+from raysl.probes import EncoderProbe, FeatureProbe, LabeledProbe, Probe, Row, Subject, common_labels
 from raysl.probes._task import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
@@ -51,8 +51,8 @@ def probe(
 
     Args:
         run: a run with at least one complete checkpoint, or its folder.
-        train: labelled data that the probes learn from; a source that `raysl.ingestion.open_or_ingest` accepts.
-        test: labelled data on which the probes are scored. Probes without labels use only these images.
+        train: labeled data that the probes learn from; a source that `raysl.ingestion.open_or_ingest` accepts.
+        test: labeled data on which the probes are scored. Probes without labels use only these images.
         config: what is probed; fields in `changes` replace its own.
 
     Returns:
@@ -164,13 +164,13 @@ def _run_probes(
     ready = config.ready()
     layers = [layers_of(source, config.layers) for source in sources]
     train, test = (one if isinstance(one, DataSet) else open_or_ingest(one) for one in (train, test))
-    labelled = [name for name, (_, probe) in ready.items() if isinstance(probe, LabelledProbe)]
-    common = common_labels(train, test) if labelled else (None, None)
+    labeled = [name for name, (_, probe) in ready.items() if isinstance(probe, LabeledProbe)]
+    common = common_labels(train, test) if labeled else (None, None)
     data = _Data(train, test, config.bn_statistics, *common)
     check_data(ready, data.train, data.test)
     # Online evaluation would say it at every checkpoint.
-    if labelled and not config.low_priority and same_set(train, test):
-        warn_of_same(labelled)
+    if labeled and not config.low_priority and same_set(train, test):
+        warn_of_same(labeled)
     if unseen := data.unseen():
         _log.warning(
             "%s of %s test images show classes that the train set does not have%s. No probe that learns from labels "
@@ -182,7 +182,7 @@ def _run_probes(
     found = _extract(sources, layers, ready, data, context, config)
     rows: list[dict[str, Any]] = []
     for source, tables in zip(sources, found, strict=True):
-        if isinstance(source, extraction.Pixels) and labelled and not same_set(train, test):
+        if isinstance(source, extraction.Pixels) and labeled and not same_set(train, test):
             warn_of_shared(*(next(iter(one.values())) for one in tables))
     for source, own_layers, tables in zip(sources, layers, found, strict=True):
         for name, (protocol, measure) in ready.items():
@@ -296,8 +296,8 @@ def _extract(
 ) -> list[tuple[Tables, Tables]]:
     """Return the features of the train and the test set for each encoder, in one pass over the images."""
     measures = [measure for _, measure in ready.values() if not isinstance(measure, EncoderProbe)]
-    labelled = any(isinstance(measure, LabelledProbe) for measure in measures)
-    sets = [data.train, data.test] if labelled else [data.test]
+    labeled = any(isinstance(measure, LabeledProbe) for measure in measures)
+    sets = [data.train, data.test] if labeled else [data.test]
     wanted = []
     for source, own in zip(sources, layers, strict=True):
         specs = [extraction.feature_spec(layer, measure.dims) for layer in own for measure in measures]

@@ -44,8 +44,8 @@ class OnlineConfig:
     Args:
         probe_every: steps between two evaluations of the run while it trains; 0 for none. Each evaluation saves a
             checkpoint, which is kept.
-        train: labelled data that the probes learn from.
-        test: labelled data that the probes are scored on.
+        train: labeled data that the probes learn from.
+        test: labeled data that the probes are scored on.
         probes: names of probes, run with their default protocols. A probe with a required setting, such as detection,
             cannot be used.
     """
@@ -59,7 +59,7 @@ class OnlineConfig:
         check(self)
         if self.probe_every and not (self.train and self.test and self.probes):
             raise UserError(
-                f"--probe-every is {self.probe_every}, and the data or the probes are missing. Give labelled data with "
+                f"--probe-every is {self.probe_every}, and the data or the probes are missing. Give labeled data with "
                 "--train and --test, and at least one name with --probes."
             )
         if not self.probe_every and (self.train or self.test):

@@ -27,7 +27,7 @@ class ProbeConfig:
         encoders: encoders of a run, of "trained", "random" (the untrained backbone), "pixels", and "momentum" (the
             moving average of the backbone that methods such as BYOL, MoCo and DINO keep).
         configs: the Config of a probe by its name; a missing one has its defaults.
-        bn_statistics: statistics of BatchNorm in frozen features: "reestimated" on 2,048 unlabelled train images in the
+        bn_statistics: statistics of BatchNorm in frozen features: "reestimated" on 2,048 unlabeled train images in the
             evaluation view, or "kept", the running statistics of training, which mix all its views. Part of the
             protocol.
         out: folder for the results and the features; empty for the folder of the run. A model that is not a run needs

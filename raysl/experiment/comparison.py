@@ -30,7 +30,7 @@ from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.pretext.jigsaw import Config as Jigsaw
 from raysl.reporting import ReportConfig, check_installed, report
-from raysl.reporting.report_runs import groups, labelled_rows
+from raysl.reporting.report_runs import groups, labeled_rows
 from raysl.reporting.tables import tables
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -184,7 +184,7 @@ def measured(
     layers: Sequence[str] = ("pooled",),
     configs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Probe the runs on the labelled data of the flags, as far as results are missing.
+    """Probe the runs on the labeled data of the flags, as far as results are missing.
 
     Baselines are probed once for all runs that started from the same weights. See `raysl.evaluation.evaluate.probe`.
     """
@@ -215,7 +215,7 @@ def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: C
         besides: names of numbers to print in addition to the primary metrics.
     """
     places = [str(run.folder) for run in runs]
-    rows = labelled_rows(groups(places))
+    rows = labeled_rows(groups(places))
     shown = [
         replace(item, row={**item.row, "primary": item.row["primary"] or item.row["name"] in besides})
         for item in rows

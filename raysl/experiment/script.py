@@ -44,7 +44,7 @@ class Flags:
     """The flags of every experiment.
 
     Args:
-        data: labelled images, with splits "train" and "test" if there are any; generated shapes by default.
+        data: labeled images, with splits "train" and "test" if there are any; generated shapes by default.
         out: folder of rows and figures, a path or a URI.
         runs: folder of the runs, a path or a URI that all machines see; finished runs are not repeated.
         seeds: the experiment is repeated for each seed.

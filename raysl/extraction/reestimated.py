@@ -2,7 +2,7 @@
 
 The running statistics of pretraining mix the views of a method: patches and whole images in a jigsaw, or patches alone.
 They move the features of whole images, for some methods more than for others, so an evaluation re-estimates them on
-unlabelled training images in the evaluation view.
+unlabeled training images in the evaluation view.
 """
 
 from __future__ import annotations

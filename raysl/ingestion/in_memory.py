@@ -105,11 +105,11 @@ def of_items(source: Any, name: str, given: Any, with_labels: bool) -> Iterator[
     """
     classes = None if given is None else label_list(given, len(source), name)
     if classes is not None and item(source, 0, name).has_label:
-        raise labelled_twice(name)
+        raise labeled_twice(name)
     return _of_items(source, name, classes, with_labels)
 
 
-def labelled_twice(name: str, number: int = 0) -> UserError:
+def labeled_twice(name: str, number: int = 0) -> UserError:
     return UserError(f"Item {number} of {name} holds a label, and labels= is given too. Give one of them.")
 
 

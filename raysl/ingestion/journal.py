@@ -97,6 +97,8 @@ class Journal:
 
     def written(self, number: int) -> Written:
         value = self._read(f"done/{number:06d}.json")["written"]
+        if "unlabelled" in value:  # the name of the field before December 2026
+            value["unlabeled"] = value.pop("unlabelled")
         value["row_groups"] = tuple(value["row_groups"])
         value["labels"] = tuple(value["labels"])
         value["bad"] = tuple((path, reason) for path, reason in value["bad"])

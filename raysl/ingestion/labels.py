@@ -190,13 +190,13 @@ class Classes:
 
     counts: Counter[str] = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)  # in the order of the numbers, where the source says them
-    unlabelled: str = ""  # path of the first image without a label; "" if there is none
+    unlabeled: str = ""  # path of the first image without a label; "" if there is none
 
     def add(self, labels: Iterable[str | None], first: str) -> None:
         """Count labels; `first` names the file or the image that they are of."""
         for label in labels:
             if label is None:
-                self.unlabelled = self.unlabelled or first
+                self.unlabeled = self.unlabeled or first
             else:
                 self.counts[composed(label)] += 1
 
@@ -222,9 +222,9 @@ class Classes:
         """Return why these are no classes for every image; "" if they are."""
         if not self.counts:
             return "no row has one (all are null, empty or -1)"
-        if self.unlabelled:
+        if self.unlabeled:
             have = f"{counted(total := self.counts.total(), 'image')} {'has' if total == 1 else 'have'} one"
-            return f"{self.unlabelled} has an image without one, and {have}"
+            return f"{self.unlabeled} has an image without one, and {have}"
         many = len(self.counts)
         if many > _MOST_CLASSES or (many > _FEW_IMAGES and 2 * many > self.counts.total()):
             return f"it has {many:,} values in {self.counts.total():,} rows, which are names of images and not classes"

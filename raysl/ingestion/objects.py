@@ -179,7 +179,7 @@ def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Object
         items = [in_memory.item(source, number, kind) for number in range(count)]
         if given is not None:
             if (twice := next((i for i, one in enumerate(items) if one.has_label), None)) is not None:
-                raise in_memory.labelled_twice(name, twice)
+                raise in_memory.labeled_twice(name, twice)
             told = in_memory.label_list(given, count, "the files")
             items = [one._replace(label=label) for one, label in zip(items, told, strict=True)]
         if config.labels == "none":

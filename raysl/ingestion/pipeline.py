@@ -292,7 +292,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     tallies: list[images.Tally] = []
     reasons: list[str] = []
     kinds: Counter[str] = Counter()
-    unlabelled = ""
+    unlabeled = ""
     with dest.writing(BAD_IMAGES) as bad_images:
         for written in journal.all_written():
             for path, reason in written.bad:
@@ -305,7 +305,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
                 digest.update(f"{written.num_images} {written.digest}\n".encode())
             labels.append(np.array(written.labels, np.int64))
             with_sound += written.with_sound
-            unlabelled = unlabelled or written.unlabelled
+            unlabeled = unlabeled or written.unlabeled
             tallies += [written.tally] if written.tally else []
     num_bad = kinds.total()
     if not shards:
@@ -318,7 +318,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     tally = images.merge(tallies)
     for line in images.sentences(tally, config.decoding):
         _log.info("%s", line)
-    classes = () if unlabelled else listed.classes
+    classes = () if unlabeled else listed.classes
     # The stamp is that of the source when it was listed.
     stamp = header.stamp if (header := journal.header()) else ""
     kept: dict[str, Any] = {"decoding": images.record(tally, config.decoding), "stamp": stamp}
@@ -331,8 +331,8 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     if num_bad:
         _log_bad(kinds, reasons[0], dest, "video" if clips else "image")
     origin = listed.labels
-    if unlabelled:
-        origin = f"none, although they are {origin}: {unlabelled} has none"
+    if unlabeled:
+        origin = f"none, although they are {origin}: {unlabeled} has none"
     count = counted(manifest.num_images, "clip" if clips else "image")
     _log.info("Ingested %s%s into %s; labels: %s.", count, _in_classes(classes, labels), dest, origin)
     return made

@@ -39,7 +39,7 @@ class Written:
     checksum: int  # CRC-32 of the shard's footer
     digest: str  # hash of every image's label and bytes, in order
     labels: tuple[int, ...]  # of every image, an index of the classes; empty if the source has no labels
-    unlabelled: str  # path of the first image without a label, if the source has labels
+    unlabeled: str  # path of the first image without a label, if the source has labels
     bad: tuple[tuple[str, str], ...]  # path and reason of every image that could not be decoded
     tally: Tally = field(default_factory=dict)  # the images that are stored in another form than their files
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # by kind, what became 0 to 255
@@ -110,7 +110,7 @@ def write(
         ranges: by kind of values, the range that becomes 0 to 255; see `raysl.ingestion.images.ranges_of`.
     """
     bad, sizes, labels = list[tuple[str, str]](), list[int](), list[int | None]()
-    unlabelled, with_sound = "", 0
+    unlabeled, with_sound = "", 0
     numbers = {composed(name): number for number, name in enumerate(classes)}
     tally: Tally = {}
     digest = hashlib.blake2b(digest_size=16)
@@ -128,8 +128,8 @@ def write(
             sizes.append(len(group))
             labels += of_group
             with_sound += sum(row.clip is not None and row.clip["sound"] is not None for row in group)
-            if classes and not unlabelled and None in of_group:
-                unlabelled = group[of_group.index(None)].path
+            if classes and not unlabeled and None in of_group:
+                unlabeled = group[of_group.index(None)].path
         if writer:
             writer.close()
         num_bytes = stream.tell()
@@ -142,8 +142,8 @@ def write(
         num_bytes=num_bytes,
         checksum=_checksum(dest, name) if sizes else 0,
         digest=digest.hexdigest(),
-        labels=() if unlabelled or not classes else tuple(label for label in labels if label is not None),
-        unlabelled=unlabelled,
+        labels=() if unlabeled or not classes else tuple(label for label in labels if label is not None),
+        unlabeled=unlabeled,
         bad=tuple(bad),
         tally=tally,
         ranges=dict(ranges or {}),

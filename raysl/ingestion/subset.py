@@ -20,7 +20,7 @@ _GROUP = 512
 
 
 def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> DataSet:
-    """Draw images without replacement, and give them new indices in the same order; see `relabelled`."""
+    """Draw images without replacement, and give them new indices in the same order; see `relabeled`."""
     if not 1 <= num_images <= dataset.num_images:
         raise UserError(
             f"A subset of {counted(num_images, 'image')} cannot be drawn from the {dataset.num_images} of "
@@ -35,13 +35,13 @@ def drawn(of: int, count: int, seed: int = 0) -> NDArray[np.int64]:
 
 
 def part(dataset: DataSet, chosen_k: NDArray[np.int64], folder: Folder) -> DataSet:
-    """Copy chosen images with their labels, if there are any; see `relabelled`."""
+    """Copy chosen images with their labels, if there are any; see `relabeled`."""
     labels_k = dataset.labels()[chosen_k] if dataset.has_labels else None
     source = f"{counted(len(chosen_k), 'image')} of {dataset.manifest.source}"
-    return relabelled(dataset, chosen_k, labels_k, dataset.manifest.classes, folder, source)
+    return relabeled(dataset, chosen_k, labels_k, dataset.manifest.classes, folder, source)
 
 
-def relabelled(
+def relabeled(
     dataset: DataSet,
     chosen_k: NDArray[np.int64],
     labels_k: NDArray[np.int64] | None,

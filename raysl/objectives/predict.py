@@ -106,7 +106,7 @@ class Predict(Base):
         return cells.view(*views_bpchw.shape[:2], -1)
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """Compute the cross-entropy, or the dense transform's loss, averaged over the batch and labelled crops."""
+        """Compute the cross-entropy, or the dense transform's loss, averaged over the batch and labeled crops."""
         if self.dense is not None:
             return Loss(self.dense.loss(outputs["decoded"].float(), batch.targets["transformed"]), {})
         logits_bk = outputs["logits"].float()

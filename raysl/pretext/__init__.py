@@ -285,8 +285,8 @@ class Composition:
         self.num_crops = last.num_crops
         self.color: Color = last.color
         counts = [part.num_labels for part in self.parts if part.num_labels]
-        labelled = counts and not isinstance(last, Dense)
-        self.num_labels = int(np.prod(counts, dtype=np.int64)) if labelled else 0
+        labeled = counts and not isinstance(last, Dense)
+        self.num_labels = int(np.prod(counts, dtype=np.int64)) if labeled else 0
         nothing = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
         for part in self.parts[:-1]:
             side = part.source.size

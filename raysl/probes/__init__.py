@@ -10,7 +10,7 @@ A file `probes/foo_bar.py` defines the probe `foo_bar` with
 and gets the command line, the tables and the contract tests without another edit. The method of the class says what
 the probe needs:
 
-    run(train, test)      features of one layer of two labelled data sets; see `LabelledProbe`
+    run(train, test)      features of one layer of two labeled data sets; see `LabeledProbe`
     measure(features_nd)  features of one layer, no labels; see `FeatureProbe`
     examine(subject)      the encoder and the images; see `EncoderProbe`
 
@@ -60,7 +60,7 @@ class Settings(Checked):
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """The features and the labels of a data set.
 
     Args:
@@ -116,7 +116,7 @@ class Subject:
 
 
 @runtime_checkable
-class LabelledProbe(Protocol):
+class LabeledProbe(Protocol):
     """A deterministic measurement of frozen features with labels.
 
     Attributes:
@@ -130,14 +130,14 @@ class LabelledProbe(Protocol):
     primary_metric: str
     dims: int
 
-    def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
+    def run(self, train: Labeled, test: Labeled) -> Iterator[Row]:
         """Learn from `train` and score on `test`; only classes of `train` are predicted. Raises as `check`."""
         ...
 
 
 @runtime_checkable
 class FeatureProbe(Protocol):
-    """A deterministic measurement of frozen features without labels. For attributes see `LabelledProbe`."""
+    """A deterministic measurement of frozen features without labels. For attributes see `LabeledProbe`."""
 
     primary_metric: str
     dims: int
@@ -149,7 +149,7 @@ class FeatureProbe(Protocol):
 
 @runtime_checkable
 class EncoderProbe(Protocol):
-    """A measurement that needs the encoder and images. For `primary_metric` see `LabelledProbe`."""
+    """A measurement that needs the encoder and images. For `primary_metric` see `LabeledProbe`."""
 
     primary_metric: str
 
@@ -158,7 +158,7 @@ class EncoderProbe(Protocol):
         ...
 
 
-Probe = LabelledProbe | FeatureProbe | EncoderProbe
+Probe = LabeledProbe | FeatureProbe | EncoderProbe
 
 
 def names() -> list[str]:
@@ -215,12 +215,12 @@ def field_values(config: Any) -> dict[str, Any]:
     return {key: field_values(item) if is_dataclass(item) else item for key, item in values.items()} | version
 
 
-def primary(probe: LabelledProbe, train: Labelled, test: Labelled) -> float:
-    """Return the primary metric of a probe. Raises UserError as `LabelledProbe.run`."""
+def primary(probe: LabeledProbe, train: Labeled, test: Labeled) -> float:
+    """Return the primary metric of a probe. Raises UserError as `LabeledProbe.run`."""
     return next(row.value for row in probe.run(train, test) if row.name == probe.primary_metric)
 
 
-def same_images(train: Labelled, test: Labelled) -> bool:
+def same_images(train: Labeled, test: Labeled) -> bool:
     """Return True if both sets hold the same images, so that an image would find itself."""
     return train is test or bool(train.fingerprint and train.fingerprint == test.fingerprint)
 
@@ -243,7 +243,7 @@ def common_labels(train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDA
     return train_n, np.array(mapped, dtype=np.int64)[test_n]
 
 
-def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, learns: bool = False) -> None:
+def check(name: str, train: Labeled, test: Labeled, *, several: bool = False, learns: bool = False) -> None:
     """Check the input of a probe with labels.
 
     Raises UserError if a set is empty, features are not finite, the train set shows one class, images show `several`
@@ -270,7 +270,7 @@ def check_labels(name: str, train_labels_n: NDArray[np.int64], *, same: bool) ->
     if train_labels_n.ndim == 1 and len(np.unique(train_labels_n)) < 2:
         raise UserError(
             f"The probe {name} needs a train set of at least two classes, and every image of this train set has the "
-            "same class: any network would be right. Give labelled data with more classes."
+            "same class: any network would be right. Give labeled data with more classes."
         )
 
 
@@ -309,7 +309,7 @@ def sample_each_class(
 
 
 def multi_hot(labels_n: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """Return labels of either form of `Labelled.labels_n` as int64 (n, classes)."""
+    """Return labels of either form of `Labeled.labels_n` as int64 (n, classes)."""
     if labels_n.ndim == 2:
         return labels_n
     shown_nc: NDArray[np.int64] = (labels_n[:, None] == np.arange(classes)).astype(np.int64)

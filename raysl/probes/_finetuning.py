@@ -1,4 +1,4 @@
-"""Train a whole network on labelled images, with a new linear classifier on its output; for `finetune` and `semisup`.
+"""Train a whole network on labeled images, with a new linear classifier on its output; for `finetune` and `semisup`.
 
 Images are cropped and mirrored at random in every epoch, and scored in the evaluation view. BatchNorm is trained with
 the rest. The encoded images of the train set are held in memory.

@@ -17,7 +17,7 @@ from raysl import extraction, ray_cluster
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import FeatureStore
-from raysl.probes import FeatureProbe, Labelled, LabelledProbe, Row, Subject
+from raysl.probes import FeatureProbe, Labeled, LabeledProbe, Row, Subject
 from raysl.ray_cluster import placement, this_machine
 
 C = TypeVar("C")
@@ -107,17 +107,17 @@ class StoredFeatures:
     """The stored features and the labels of a data set."""
 
     tables: Mapping[str, FeatureStore]  # features by feature spec; see `raysl.extraction.feature_spec`
-    labels_n: NDArray[np.int64] | None  # see `Labelled.labels_n`; None if no probe needs labels
+    labels_n: NDArray[np.int64] | None  # see `Labeled.labels_n`; None if no probe needs labels
     fingerprint: str  # fingerprint of the data set
 
-    def load(self, spec: str) -> Labelled:
+    def load(self, spec: str) -> Labeled:
         """Return the features of a feature spec, in memory."""
         assert self.labels_n is not None
-        return Labelled(self.tables[spec].load(), self.labels_n, self.fingerprint)
+        return Labeled(self.tables[spec].load(), self.labels_n, self.fingerprint)
 
 
 def measure_layers(
-    probe: LabelledProbe | FeatureProbe,
+    probe: LabeledProbe | FeatureProbe,
     layers: Sequence[str],
     train: StoredFeatures,
     test: StoredFeatures,
@@ -134,7 +134,7 @@ def measure_layers(
     """
     if not layers:
         return []
-    sets = (train, test) if isinstance(probe, LabelledProbe) else (test,)
+    sets = (train, test) if isinstance(probe, LabeledProbe) else (test,)
     specs = [extraction.feature_spec(layer, probe.dims) for layer in layers]
     pairs = list(zip(layers, specs, strict=True))
     if in_process or not (low_priority or this_machine.needs_ray()):
@@ -171,7 +171,7 @@ def _largest_memory(nodes: Iterable[Mapping[str, float]], cpus: float) -> float:
 
 
 def _measure(
-    probe: LabelledProbe | FeatureProbe,
+    probe: LabeledProbe | FeatureProbe,
     layer: str,
     spec: str,
     train: StoredFeatures,
@@ -184,7 +184,7 @@ def _measure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        if isinstance(probe, LabelledProbe):
+        if isinstance(probe, LabeledProbe):
             found = probe.run(train.load(spec), test.load(spec))
         else:
             found = probe.measure(test.tables[spec].load())

@@ -41,7 +41,7 @@ from raysl.extraction import Heads, heads
 from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
 from raysl.pretext.jigsaw import Config as Jigsaw
-from raysl.probes import Labelled, Row, Settings, Subject, check_features, field_values, primary
+from raysl.probes import Labeled, Row, Settings, Subject, check_features, field_values, primary
 from raysl.probes._task import TaskProbe
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
@@ -255,13 +255,13 @@ def _layer(
         half = len(plain_nd) // 2
         parts = slice(half), slice(half, None)
         if label_n is not None:
-            halves = [Labelled(moved_npd[n].flatten(1).numpy(), label_n[n].numpy()) for n in parts]
+            halves = [Labeled(moved_npd[n].flatten(1).numpy(), label_n[n].numpy()) for n in parts]
             rows += _readout(f"/{name}", halves, 1 / transforms[name].num_labels, config.readout)
         elif moved_npd.shape[2] == plain_nd.shape[1]:
             # Both copies of an image are in the same half.
             moved_nd = moved_npd.mean(1)
             pairs = [(plain_nd[n], moved_nd[n]) for n in parts]
-            halves = [Labelled(torch.cat(pair).numpy(), np.repeat([0, 1], len(pair[0]))) for pair in pairs]
+            halves = [Labeled(torch.cat(pair).numpy(), np.repeat([0, 1], len(pair[0]))) for pair in pairs]
             rows += _readout(f"_whether/{name}", halves, 0.5, config.readout)
     if len(shares) == len(moved):
         rows.append(Row("closer", float(np.mean(shares))))
@@ -277,7 +277,7 @@ def _moved(name: str, distance_n: NDArray[np.float64], others_nk: NDArray[np.flo
     ]
 
 
-def _readout(suffix: str, halves: Sequence[Labelled], chance: float, config: LinearConfig) -> list[Row]:
+def _readout(suffix: str, halves: Sequence[Labeled], chance: float, config: LinearConfig) -> list[Row]:
     """Return the accuracy of predicting what was done to an image; nothing if the train half shows a single label."""
     learned, judged = halves
     if len(np.unique(learned.labels_n)) < 2:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, Tiles, accuracy_rows, check, rank, same_images, tile_rows
+from raysl.probes import Labeled, Row, Settings, Tiles, accuracy_rows, check, rank, same_images, tile_rows
 from raysl.ray_cluster import gpus
 
 # Similarities of a tile of queries with a tile of train images take 128 MB; 2 GB if the train images are sent in tiles.
@@ -50,7 +50,7 @@ class Knn:
         self.config = config
         self.primary_metric = f"top1{_suffix(config.ks[0], config.temperatures[0])}"
 
-    def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
+    def run(self, train: Labeled, test: Labeled) -> Iterator[Row]:
         """Yield accuracies for every k and T; see `raysl.probes.accuracy_rows`."""
         check("knn", train, test)
         own = same_images(train, test)

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from raysl import optim, rng
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, Tiles, accuracy_rows, check, rank, tile_rows
+from raysl.probes import Labeled, Row, Settings, Tiles, accuracy_rows, check, rank, tile_rows
 from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
@@ -87,7 +87,7 @@ class Linear:
         self.config = config
         self.dims = config.dims
 
-    def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
+    def run(self, train: Labeled, test: Labeled) -> Iterator[Row]:
         """Yield accuracies (see `raysl.probes.accuracy_rows`) and the weight decay."""
         check("linear", train, test, learns=True)
         # Held-out images go last, so that the others are a view and no copy.

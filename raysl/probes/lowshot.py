@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from raysl import rng
 from raysl.errors import UserError
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, check, multi_hot, sample_each_class
+from raysl.probes import Labeled, Row, Settings, check, multi_hot, sample_each_class
 from raysl.probes.svm import fitted, one_solver, unit_rows
 
 
@@ -52,7 +52,7 @@ class Lowshot:
         self.primary_metric = f"top1/k={config.ks[0]}"
         self.dims = config.dims
 
-    def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
+    def run(self, train: Labeled, test: Labeled) -> Iterator[Row]:
         """Yield mean and standard deviation over the samples for every k."""
         check("lowshot", train, test, learns=True)
         fewest = int(np.unique(train.labels_n, return_counts=True)[1].min())

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from raysl import rng
 from raysl.errors import UserError
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, check, same_images
+from raysl.probes import Labeled, Row, Settings, check, same_images
 
 _TILE = 256
 
@@ -52,7 +52,7 @@ class Retrieval:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
+    def run(self, train: Labeled, test: Labeled) -> Iterator[Row]:
         """Yield mAP, and precision for every k. A query whose class no train image shows counts as 0."""
         check("retrieval", train, test, several=True)
         own = same_images(train, test)

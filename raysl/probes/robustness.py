@@ -21,7 +21,7 @@ from raysl import rng
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, Subject, check_labels, common_labels, primary
+from raysl.probes import Labeled, Row, Settings, Subject, check_labels, common_labels, primary
 from raysl.probes._corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from raysl.probes._images import batches, features, load, sample
 from raysl.probes._task import TaskProbe
@@ -88,8 +88,8 @@ class Robustness(TaskProbe[Config]):
         for name, severity in cases:
             views = _views(subject.test, test_k, size, name, severity)
             for layer, values_nd in features(encode, views).items():
-                known = Labelled(learned[layer], train_n[train_k])
-                value = primary(probe, known, Labelled(values_nd, test_n[test_k], "corrupted"))
+                known = Labeled(learned[layer], train_n[train_k])
+                value = primary(probe, known, Labeled(values_nd, test_n[test_k], "corrupted"))
                 found[layer].setdefault(name, []).append(value)
         return [row for layer, values in found.items() for row in _rows(layer, values)]
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from raysl import rng
 from raysl.errors import UserError, package
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, check, multi_hot
+from raysl.probes import Labeled, Row, Settings, check, multi_hot
 from raysl.probes.linear import in_span
 
 _FOLDS = 3
@@ -62,7 +62,7 @@ class Svm:
         self.config = config
         self.dims = config.dims
 
-    def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
+    def run(self, train: Labeled, test: Labeled) -> Iterator[Row]:
         """Yield the mean over classes of the average precision; it is 0 for a class that the train set never shows."""
         check("svm", train, test, several=True, learns=True)
         if train.labels_n.ndim == 2:

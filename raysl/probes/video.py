@@ -22,7 +22,7 @@ from raysl import extraction
 from raysl.dataset import DataSet
 from raysl.errors import MissingValueError, explained
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, Subject, common_labels
+from raysl.probes import Labeled, Row, Settings, Subject, common_labels
 from raysl.probes._images import each_clip, features, load, sample, spaced
 from raysl.probes._task import TaskProbe
 from raysl.probes.linear import Config as LinearConfig
@@ -72,7 +72,7 @@ class Video(TaskProbe[Config]):
         ):
             views = self._clips(data, subject.image_size)
             found = features(encode, views, lambda values_fd: values_fd.mean(0, keepdim=True))
-            sets.append({spec: Labelled(found[spec], labels_n, data.manifest.fingerprint) for spec in found})
+            sets.append({spec: Labeled(found[spec], labels_n, data.manifest.fingerprint) for spec in found})
         return [
             replace(row, layer=layer)
             for layer, spec in specs.items()

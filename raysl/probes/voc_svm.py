@@ -20,7 +20,7 @@ from torch import Tensor
 from raysl import extraction
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.probes import Labelled, Row, Subject, _voc
+from raysl.probes import Labeled, Row, Subject, _voc
 from raysl.probes._images import features, load, sample
 from raysl.probes._task import TaskProbe
 from raysl.probes._voc import Picture, VocSettings
@@ -75,7 +75,7 @@ class VocSvm(TaskProbe[Config]):
         return [
             replace(row, layer=layer)
             for layer, spec in specs.items()
-            for row in Svm(config.svm).run(Labelled(seen[spec], labels[0]), Labelled(unseen[spec], labels[1]))
+            for row in Svm(config.svm).run(Labeled(seen[spec], labels[0]), Labeled(unseen[spec], labels[1]))
         ]
 
 
@@ -86,7 +86,7 @@ def _views(pictures: Sequence[Picture], size: int) -> Iterator[Tensor]:
 
 
 def shown(pictures: Sequence[Picture], classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return the labels of images, int64 (n, c); see `raysl.probes.Labelled`."""
+    """Return the labels of images, int64 (n, c); see `raysl.probes.Labeled`."""
     shown_nc = np.zeros((len(pictures), len(classes)), dtype=np.int64)
     for row_c, one in zip(shown_nc, pictures, strict=True):
         for name, difficult in zip(one.classes, one.difficult_n.tolist(), strict=True):

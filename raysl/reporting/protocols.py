@@ -13,7 +13,7 @@ from raysl import probes
 from raysl.config import defaults
 from raysl.fields import hints, name_typed
 from raysl.optim import OptimConfig
-from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe
+from raysl.probes import EncoderProbe, FeatureProbe, LabeledProbe
 
 _INTRODUCTION = """A probe measures a frozen representation. Tables and sweeps show one of its numbers, the primary
 metric. The same probe is run on the untrained backbone and on raw pixels, for comparison. A value depends on its
@@ -26,7 +26,7 @@ whole network, so they take longer than probes of frozen features.
 This page is generated from the code by `raysl methods --pages docs/methods`."""
 
 _NEEDS = {
-    LabelledProbe: "labelled features of each requested layer",
+    LabeledProbe: "labeled features of each requested layer",
     FeatureProbe: "features of each requested layer, without labels",
     EncoderProbe: "images and the network itself",
 }

@@ -65,7 +65,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class LabelledRow:
+class LabeledRow:
     """A row of a probe with its label in the report."""
 
     label: str
@@ -150,14 +150,14 @@ def _label(member: ReportRun, others: Sequence[Mapping[str, Any]]) -> str:
     return f"{member.name} ({short})" if differing else member.name
 
 
-def labelled_rows(gathered: Sequence[Group]) -> list[LabelledRow]:
+def labeled_rows(gathered: Sequence[Group]) -> list[LabeledRow]:
     """Return all rows with their labels; of each measurement only the rows of its newest step.
 
     Rows of untrained backbones and of pixels share a label across runs. If runs of a group were probed at different
     steps, the label names the step, because they are not seeds of one measurement.
     """
     label_of = labels(gathered)
-    made: list[LabelledRow] = []
+    made: list[LabeledRow] = []
     for group in gathered:
         newest = [(member, row) for member in group.runs for row in newest_rows(member.rows)]
         steps: dict[tuple[Any, ...], set[int]] = {}
@@ -167,7 +167,7 @@ def labelled_rows(gathered: Sequence[Group]) -> list[LabelledRow]:
             label = label_of(row["encoder"], group, member)
             if row["encoder"] in ("trained", MOMENTUM) and len(steps[_measurement(row)]) > 1:
                 label = f"{label}, step {row['step']}"
-            made.append(LabelledRow(label, row))
+            made.append(LabeledRow(label, row))
     return made
 
 
@@ -206,16 +206,16 @@ def _backbone(member: ReportRun) -> str:
     return " ".join(str(part) for part in parts if part not in ("", "standard", "batch"))
 
 
-def layers(rows: Sequence[LabelledRow]) -> list[str]:
+def layers(rows: Sequence[LabeledRow]) -> list[str]:
     """Return the layers of rows, from the image upward."""
     seen = dict.fromkeys(item.row["layer"] for item in rows)
     known = [layer for layer in _LAYER_ORDER if layer in seen]
     return known + [layer for layer in seen if layer not in known]
 
 
-def by_protocol(rows: Sequence[LabelledRow]) -> list[tuple[tuple[str, ...], list[LabelledRow]]]:
+def by_protocol(rows: Sequence[LabeledRow]) -> list[tuple[tuple[str, ...], list[LabeledRow]]]:
     """Return rows in groups that may be compared: the values of `PROTOCOL`, and their rows, sorted."""
-    together: dict[tuple[str, ...], list[LabelledRow]] = {}
+    together: dict[tuple[str, ...], list[LabeledRow]] = {}
     for item in rows:
         together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
     return sorted(together.items())

@@ -14,7 +14,7 @@ from raysl.errors import explained
 from raysl.evaluation.results import describe_images
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, panels_png, plot_png
-from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, by_protocol, labels, layers
+from raysl.reporting.report_runs import Group, LabeledRow, ReportRun, by_protocol, labels, layers
 from raysl.reporting.tables import estimates
 from raysl.storage.records import verified
 
@@ -29,7 +29,7 @@ def colors(labels: Sequence[str]) -> dict[str, Any]:
     return {label: chosen(own.index(label) % chosen.N) if label in own else "gray" for label in labels}
 
 
-def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
+def per_layer(rows: Sequence[LabeledRow]) -> Iterator[Figure]:
     """Yield the primary metric by layer, one figure for each probe and protocol."""
     for key, members in by_protocol([item for item in rows if item.row["primary"]]):
         found, places = estimates(members), layers(members)
@@ -161,7 +161,7 @@ def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float])
     return panels_png({name: panel(name) for name in transforms}), layer
 
 
-def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
+def invariance_map(rows: Sequence[LabeledRow]) -> Iterator[Figure]:
     """Yield the invariance of each layer to each transform, a panel for each label; one figure for each protocol."""
     shown = [i for i in rows if i.row["probe"] == "invariance" and i.row["name"].startswith("closer/")]
     for key, members in by_protocol(shown):
@@ -233,7 +233,7 @@ def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
 def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
     """Yield results of probes at several steps of the same runs, for the last layer."""
     rows = [
-        LabelledRow(group.label, row)
+        LabeledRow(group.label, row)
         for group in gathered
         for member in group.runs
         for row in member.rows

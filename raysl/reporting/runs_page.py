@@ -16,7 +16,7 @@ from raysl.evaluation.results import verdicts
 from raysl.reporting import pictures, retrieval_grid, run_figures
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
-from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows, newest_rows
+from raysl.reporting.report_runs import Group, LabeledRow, ReportRun, groups, labeled_rows, newest_rows
 from raysl.reporting.tables import Estimate, Table, tables
 from raysl.training.progress_actor import format_duration
 
@@ -55,7 +55,7 @@ not include its teacher.</p>
 def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]]:
     """Return the page of runs, and its figures. Raises UserError as `raysl.reporting.report_runs.groups`."""
     gathered = groups(places)
-    rows = labelled_rows(gathered)
+    rows = labeled_rows(gathered)
     drawn = [
         *run_figures.per_layer(rows),
         *run_figures.histograms(gathered),
@@ -90,7 +90,7 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
     return text, [*drawn, *grids, *views]
 
 
-def _summary(gathered: Sequence[Group], rows: Sequence[LabelledRow]) -> str:
+def _summary(gathered: Sequence[Group], rows: Sequence[LabeledRow]) -> str:
     folders, lines = sum(len(group.runs) for group in gathered), len(gathered)
     text = (
         f"{counted(folders, 'folder')} in {counted(lines, 'row')}; runs that differ only in seed and folder share a "

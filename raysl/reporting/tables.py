@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from raysl.evaluation.results import describe_images
-from raysl.reporting.report_runs import PROTOCOL, LabelledRow, by_protocol, layers
+from raysl.reporting.report_runs import PROTOCOL, LabeledRow, by_protocol, layers
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Table:
         return best is not None and any(best.differs(cell) is not None for cell in others if cell)
 
 
-def tables(rows: Sequence[LabelledRow], primary: bool = True) -> list[Table]:
+def tables(rows: Sequence[LabeledRow], primary: bool = True) -> list[Table]:
     """Return a table for each probe, protocol and pair of data sets: of the primary metric, or of all other numbers."""
     chosen = [item for item in rows if bool(item.row["primary"]) == primary]
     return [_table(members) for _, members in by_protocol(chosen)]
 
 
-def _table(members: Sequence[LabelledRow]) -> Table:
+def _table(members: Sequence[LabeledRow]) -> Table:
     probe, protocol, train, test = (members[0].row[name] for name in PROTOCOL)
     names = dict.fromkeys(item.row["name"] for item in members)
     present = {(item.row["layer"], item.row["name"]) for item in members}
@@ -96,7 +96,7 @@ def _table(members: Sequence[LabelledRow]) -> Table:
     return Table(probe, f"protocol {protocol}, {describe_images(train, test)}", columns, tuple(lines))
 
 
-def estimates(rows: Sequence[LabelledRow]) -> dict[tuple[str, str, str], Estimate]:
+def estimates(rows: Sequence[LabeledRow]) -> dict[tuple[str, str, str], Estimate]:
     """Return the estimate of each (label, layer, name) of rows of one protocol; a seed counts once, with its mean."""
     values: dict[tuple[str, str, str], dict[int | None, dict[str | None, float]]] = {}
     for item in rows:

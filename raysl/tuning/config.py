@@ -33,10 +33,10 @@ class SweepConfig:
         vary: hyperparameters to vary, by their dotted or short names: "temperature" tries values that raysl suggests
             and prints at the start; "temperature=0.05,0.1" tries these two; "temperature=0.03..0.5" lets the searcher
             choose values in this interval.
-        train: labelled data that the probe learns from; by default the pretraining images.
-        validation: labelled data that trials are compared on; by default a tenth of --train, which is then held out of
+        train: labeled data that the probe learns from; by default the pretraining images.
+        validation: labeled data that trials are compared on; by default a tenth of --train, which is then held out of
             the data that the probe learns from.
-        test: labelled data on which the chosen trial is scored once, at the end; none by default.
+        test: labeled data on which the chosen trial is scored once, at the end; none by default.
         probe: probe whose primary metric is the score; higher is better.
         seeds: every trial runs once with each seed; trials are compared by the mean.
         searcher: "grid" tries all combinations, "random" chooses values at random, "optuna" chooses them from the

@@ -33,7 +33,7 @@ from raysl.tuning.config import SweepConfig
 from raysl.tuning.results import described
 from raysl.tuning.space import Space, Values, apply_values, space, with_method_values
 
-# Without --validation, one labelled image in ten is held out, if the labelled data take no more bytes than this.
+# Without --validation, one labeled image in ten is held out, if the labeled data take no more bytes than this.
 _HELD_OUT = 10
 _MAX_COPY_BYTES = 4 << 30
 
@@ -45,8 +45,8 @@ class TrialContext:
     base: Pretraining  # configuration of every run, except what varies, the seed and the folder
     images: DataSet  # pretraining images
     out: str  # folder of the sweep; runs are in `trials/NAME/seed-S` inside
-    train: DataSet  # labelled data that the probe learns from
-    validation: DataSet  # labelled data that trials are compared on
+    train: DataSet  # labeled data that the probe learns from
+    validation: DataSet  # labeled data that trials are compared on
     probe: str  # name of the probe
     seeds: tuple[int, ...]  # seeds of each trial
     shares: tuple[float, ...]  # shares of the schedule at the rungs; the last is 1
@@ -214,12 +214,12 @@ def make_trial_context(
     ray_cluster.start()
     shared_paths.refuse_local({"--out": config.out})
     images = open_or_ingest(base.data)
-    labelled = open_or_ingest(config.train) if config.train else images
+    labeled = open_or_ingest(config.train) if config.train else images
     given = open_or_ingest(config.validation) if config.validation else None
     test = open_or_ingest(config.test) if config.test else None
     for eval_set in filter(None, (given, test)):
-        common_labels(labelled, eval_set)
-        refuse_same_images([config.probe], labelled, eval_set)
+        common_labels(labeled, eval_set)
+        refuse_same_images([config.probe], labeled, eval_set)
     if test and given and test.manifest.fingerprint == given.manifest.fingerprint:
         raise UserError(
             f"--validation is {config.validation!r} and --test is {config.test!r}, which hold the same images. Trials "
@@ -228,7 +228,7 @@ def make_trial_context(
         )
     check_points(base, points, images)
     shared = share(base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds))
-    train, validation = (labelled, given) if given else hold_out(labelled, Folder(config.out))
+    train, validation = (labeled, given) if given else hold_out(labeled, Folder(config.out))
     check_data(ProbeConfig((config.probe,)).ready(), train, validation)
     base = replace(base, data=str(images.folder))
     where = images, str(Folder(config.out)), train, validation
@@ -244,28 +244,28 @@ def check_workers(base: Pretraining) -> None:
         )
 
 
-def hold_out(labelled: DataSet, out: Folder) -> tuple[DataSet, DataSet]:
-    """Return the data that a probe learns from and the data that trials are compared on, out of one labelled set.
+def hold_out(labeled: DataSet, out: Folder) -> tuple[DataSet, DataSet]:
+    """Return the data that a probe learns from and the data that trials are compared on, out of one labeled set.
 
     A tenth of the images, drawn by a fixed rule, is held out; both parts are copied to the folder of the sweep.
 
     Raises:
         UserError: there are no labels or too few images, or they are too large to be copied.
     """
-    number = labelled.num_images // _HELD_OUT
-    size = f"{labelled.num_images} images, fewer than {_HELD_OUT}" if not number else ""
-    if labelled.manifest.num_bytes > _MAX_COPY_BYTES:
-        size = f"{labelled.manifest.num_bytes / 2**30:.1f} GiB, more than {_MAX_COPY_BYTES >> 30}"
+    number = labeled.num_images // _HELD_OUT
+    size = f"{labeled.num_images} images, fewer than {_HELD_OUT}" if not number else ""
+    if labeled.manifest.num_bytes > _MAX_COPY_BYTES:
+        size = f"{labeled.manifest.num_bytes / 2**30:.1f} GiB, more than {_MAX_COPY_BYTES >> 30}"
     if size:
         raise UserError(
-            f"A tenth of the labelled data {labelled.name!r} cannot be held out for validation: it has {size}. "
-            "Give --validation, labelled data on which the trials are compared."
+            f"A tenth of the labeled data {labeled.name!r} cannot be held out for validation: it has {size}. "
+            "Give --validation, labeled data on which the trials are compared."
         )
-    labelled.labels()  # Raises, if there are none.
-    order_n = rng.generator("validation", labelled.num_images).permutation(labelled.num_images)
+    labeled.labels()  # Raises, if there are none.
+    order_n = rng.generator("validation", labeled.num_images).permutation(labeled.num_images)
     learn, validation = np.sort(order_n[number:]), np.sort(order_n[:number])
     images = out / "images"
-    return part(labelled, learn, images / "learn"), part(labelled, validation, images / "validation")
+    return part(labeled, learn, images / "learn"), part(labeled, validation, images / "validation")
 
 
 def check_points(base: Pretraining, points: Iterable[Values], images: DataSet | None = None) -> None:

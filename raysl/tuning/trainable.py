@@ -212,8 +212,8 @@ def tune_trainable(
         base: configuration of every run, except what varies, the seed and the folder.
         out: folder of the runs, a path or a URI.
         param_space: that of the Tuner; if it is given here too, both ends of every domain are checked at once.
-        train: labelled data that the probe learns from; by default the pretraining images.
-        validation: labelled data that trials are compared on; by default a tenth of `train`, which is held out.
+        train: labeled data that the probe learns from; by default the pretraining images.
+        validation: labeled data that trials are compared on; by default a tenth of `train`, which is held out.
         probe: name of the probe.
         seeds: every trial runs with each of them.
         rungs: shares of the schedule at which a trial is scored, in (0, 1], increasing; the last is 1.

@@ -85,7 +85,7 @@ def shards(folder: Path) -> str:
 
 def classes(folder: Path) -> str:
     """Open labels of many classes, and run the probe knn on features of which each class has two."""
-    from raysl.probes import Labelled
+    from raysl.probes import Labeled
     from raysl.probes.knn import Config, Knn
 
     labels_n = np.arange(2 * _CLASSES) % _CLASSES
@@ -99,7 +99,7 @@ def classes(folder: Path) -> str:
     assert len(dataset.manifest.classes) == _CLASSES
     opened = time.perf_counter()
     features_nd = np.random.default_rng(0).normal(size=(2 * _CLASSES, 64)).astype(np.float32)
-    train, test = Labelled(features_nd, labels_n), Labelled(features_nd[:1000], labels_n[:1000])
+    train, test = Labeled(features_nd, labels_n), Labeled(features_nd[:1000], labels_n[:1000])
     values = {row.name: row.value for row in Knn(Config(ks=(1, 5))).run(train, test)}
     assert values["top1/k=1,T=0.07"] == 1
     return (

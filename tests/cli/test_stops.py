@@ -49,7 +49,7 @@ OTHERS = [([signal.SIGINT] * 2, 130), ([signal.SIGTERM], 143), ([signal.SIGHUP],
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Labelled images, a run on them, and features."""
+    """Labeled images, a run on them, and features."""
     folder = tmp_path_factory.mktemp("given")
     data = make_dataset(folder / "data", 400)
     config = Pretraining(str(data.folder), str(folder / "run"), "predict-rotation", workers=1, epochs=0.2)

@@ -23,10 +23,10 @@ from tests.data import make_dataset
 SIZES = (10, 5)
 
 
-def make(folder: Path, labelled: bool = True) -> DataSet:
+def make(folder: Path, labeled: bool = True) -> DataSet:
     """A data set whose image i holds the bytes "i" and whose label is i mod 3."""
     dest, base, shards = Folder(str(folder)), 0, []
-    classes = ("a", "b", "c") if labelled else ()
+    classes = ("a", "b", "c") if labeled else ()
     for unit, size in enumerate(SIZES):
         rows = (Row(str(i).encode(), "abc"[i % 3], f"{i}.png") for i in range(base, base + size))
         shards.append(write(dest, unit, base, rows, decoding=None, classes=classes, rows_per_group=4).shard)
@@ -70,7 +70,7 @@ def test_rows_of_more_than_two_gigabytes_are_read(monkeypatch: pytest.MonkeyPatc
 
 
 def test_columns_are_chosen_and_labels_optional(tmp_path: Path) -> None:
-    data_set = make(tmp_path, labelled=False)
+    data_set = make(tmp_path, labeled=False)
     assert not data_set.has_labels
     assert data_set.read(np.array([2])).column_names == ["index", "image"]
     assert make(tmp_path / "b").read(np.array([2]), columns=("label",)).column_names == ["index", "label"]

@@ -26,9 +26,9 @@ def test_a_list_of_files(tmp_path: Path) -> None:
     assert plain.manifest.source == "a list of 2 files"
     assert ingest(files[:1], str(tmp_path / "one")).manifest.source == "a list of 1 file"
     assert not plain.has_labels
-    labelled = ingest([(Path(files[0]), 1), (files[1], 0)], str(tmp_path / "labelled"))
-    assert labelled.labels().tolist() == [1, 0]
-    assert labelled.folder.list() == ["labels.parquet", "manifest.json", "shards"]
+    labeled = ingest([(Path(files[0]), 1), (files[1], 0)], str(tmp_path / "labeled"))
+    assert labeled.labels().tolist() == [1, 0]
+    assert labeled.folder.list() == ["labels.parquet", "manifest.json", "shards"]
 
 
 class Files(list[Any]):

@@ -9,7 +9,7 @@ import pytest
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion.subset import drawn, relabelled, subset
+from raysl.ingestion.subset import drawn, relabeled, subset
 from raysl.storage import Folder
 from tests.data import make_clips, make_dataset
 
@@ -47,18 +47,18 @@ def test_more_images_than_there_are_is_refused(tmp_path: Path) -> None:
 def test_chosen_images_get_the_labels_that_are_given(tmp_path: Path) -> None:
     whole = make_dataset(tmp_path / "whole", 30)
     chosen_k, labels_k = np.array([7, 3, 29]), np.array([1, 0, 1])
-    made = relabelled(whole, chosen_k, labels_k, ("x", "y"), Folder(str(tmp_path / "made")), "three")
+    made = relabeled(whole, chosen_k, labels_k, ("x", "y"), Folder(str(tmp_path / "made")), "three")
     rows = made.read(np.arange(3)).to_pydict()
     assert rows["image"] == whole.read(chosen_k).to_pydict()["image"]
     assert made.labels().tolist() == [1, 0, 1]
     assert made.manifest.classes == ("x", "y")
     with pytest.raises(UserError, match="Another data set lies"):
-        relabelled(whole, chosen_k, 1 - labels_k, ("x", "y"), Folder(str(tmp_path / "made")), "three")
+        relabeled(whole, chosen_k, 1 - labels_k, ("x", "y"), Folder(str(tmp_path / "made")), "three")
 
 
 def test_without_labels(tmp_path: Path) -> None:
     whole = make_dataset(tmp_path / "whole", 30)
-    made = relabelled(whole, np.arange(4), None, (), Folder(str(tmp_path / "made")), "four")
+    made = relabeled(whole, np.arange(4), None, (), Folder(str(tmp_path / "made")), "four")
     assert not made.has_labels
     assert subset(made, 2, Folder(str(tmp_path / "two"))).num_images == 2
     with pytest.raises(UserError, match="no labels"):

@@ -16,7 +16,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.errors import MissingValueError, UserError
 from raysl.evaluation.results import protocol_hash
 from raysl.extraction import FeatureProtocol, RandomBackbone
-from raysl.probes import EncoderProbe, FeatureProbe, Labelled, LabelledProbe, Row, Subject, svm
+from raysl.probes import EncoderProbe, FeatureProbe, Labeled, LabeledProbe, Row, Subject, svm
 from raysl.storage import Folder
 from tests.data import make_dataset
 
@@ -72,11 +72,11 @@ def of_kind(kind: type[Any]) -> list[str]:
 
 
 every_probe = pytest.mark.parametrize("name", probes.names())
-labelled_probe = pytest.mark.parametrize("name", of_kind(LabelledProbe))
-accuracy_probe = pytest.mark.parametrize("name", [n for n in of_kind(LabelledProbe) if probes.is_score(n)])
+labeled_probe = pytest.mark.parametrize("name", of_kind(LabeledProbe))
+accuracy_probe = pytest.mark.parametrize("name", [n for n in of_kind(LabeledProbe) if probes.is_score(n)])
 feature_probe = pytest.mark.parametrize("name", of_kind(FeatureProbe))
 encoder_probe = pytest.mark.parametrize("name", of_kind(EncoderProbe))
-probe_of_features = pytest.mark.parametrize("name", of_kind(LabelledProbe) + of_kind(FeatureProbe))
+probe_of_features = pytest.mark.parametrize("name", of_kind(LabeledProbe) + of_kind(FeatureProbe))
 
 
 def examined(name: str, subject: Subject) -> list[Row]:
@@ -91,18 +91,18 @@ def examined(name: str, subject: Subject) -> list[Row]:
         pytest.skip(str(error))
 
 
-def blobs(n: int, seed: int, classes: int = 6) -> Labelled:
+def blobs(n: int, seed: int, classes: int = 6) -> Labeled:
     random = np.random.default_rng(seed)
     labels_n = random.integers(0, classes, n)
     features_nd = np.eye(classes, 8)[labels_n] * 8 + random.normal(size=(n, 8))
-    return Labelled(features_nd.astype(np.float32), labels_n, f"set {seed}")
+    return Labeled(features_nd.astype(np.float32), labels_n, f"set {seed}")
 
 
-def rows(name: str, train: Labelled, test: Labelled) -> list[Row]:
+def rows(name: str, train: Labeled, test: Labeled) -> list[Row]:
     """Rows of a probe of features, with labels or without."""
     probe = make(name)
     try:
-        if isinstance(probe, LabelledProbe):
+        if isinstance(probe, LabeledProbe):
             return list(probe.run(train, test))
         return list(probe.measure(test.features_nd))
     except UserError as error:
@@ -175,7 +175,7 @@ def test_numbers_out_of_range_are_refused_with_their_flag(name: str) -> None:
     assert refused or name in ("voc_svm",) or name not in PINNED
 
 
-@labelled_probe
+@labeled_probe
 def test_a_probe_that_learns_refuses_one_set_for_both(name: str) -> None:
     one = blobs(100, 0)
     if probes.learns(name):
@@ -185,7 +185,7 @@ def test_a_probe_that_learns_refuses_one_set_for_both(name: str) -> None:
         check_rows(rows(name, one, one))
 
 
-@labelled_probe
+@labeled_probe
 def test_a_train_set_of_one_class_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"probe {name} needs a train set of at least two classes"):
         rows(name, blobs(40, 0, classes=1), blobs(20, 1, classes=1))
@@ -193,7 +193,7 @@ def test_a_train_set_of_one_class_is_refused(name: str) -> None:
 
 @every_probe
 def test_a_probe_is_of_one_kind(name: str) -> None:
-    kinds = (LabelledProbe, FeatureProbe, EncoderProbe)
+    kinds = (LabeledProbe, FeatureProbe, EncoderProbe)
     assert sum(isinstance(make(name), kind) for kind in kinds) == 1
 
 
@@ -211,7 +211,7 @@ def test_rows_are_deterministic_and_finite_and_features_are_not_changed(name: st
 
 @probe_of_features
 def test_bad_features_are_refused(name: str) -> None:
-    empty = Labelled(np.zeros((0, 8), np.float32), np.zeros(0, np.int64))
+    empty = Labeled(np.zeros((0, 8), np.float32), np.zeros(0, np.int64))
     with pytest.raises(UserError, match="no images"):
         rows(name, blobs(50, 0), empty)
     broken = blobs(50, 1)
@@ -231,20 +231,20 @@ def test_primary_metric_is_high_for_separate_classes_and_low_for_random_labels(n
     train, test = blobs(300, 0), blobs(200, 1)
     shuffled = np.random.default_rng(0).permutation(train.labels_n)
     assert primary(name, rows(name, train, test)) > 0.9
-    assert primary(name, rows(name, Labelled(train.features_nd, shuffled), test)) < 0.4
+    assert primary(name, rows(name, Labeled(train.features_nd, shuffled), test)) < 0.4
 
 
 @accuracy_probe
 def test_a_class_of_the_test_set_only_is_always_wrong(name: str) -> None:
     train, test = blobs(200, 0), blobs(100, 1)
-    unknown = Labelled(test.features_nd, test.labels_n + 6)
+    unknown = Labeled(test.features_nd, test.labels_n + 6)
     assert primary(name, rows(name, train, unknown)) == 0
 
 
-@labelled_probe
+@labeled_probe
 def test_order_of_the_test_set_does_not_matter(name: str) -> None:
     train, test = blobs(200, 0), blobs(100, 1)
-    turned = Labelled(test.features_nd[::-1].copy(), test.labels_n[::-1].copy())
+    turned = Labeled(test.features_nd[::-1].copy(), test.labels_n[::-1].copy())
     for one, other in zip(rows(name, train, test), rows(name, train, turned), strict=True):
         assert one.value == pytest.approx(other.value, abs=0.011)
 
@@ -254,13 +254,13 @@ def test_order_of_the_test_set_does_not_matter(name: str) -> None:
 def test_equal_features_give_chance_even_if_the_set_is_sorted_by_class(name: str, step: int) -> None:
     labels_n = np.repeat(np.arange(5), 40)
     same = np.full((200, 8), 0.3, np.float32)
-    found = rows(name, Labelled(same, labels_n, "a"), Labelled(same, labels_n[::step].copy(), "b"))
+    found = rows(name, Labeled(same, labels_n, "a"), Labeled(same, labels_n[::step].copy(), "b"))
     assert primary(name, found) == pytest.approx(1 / 5, abs=0.05)
 
 
-@labelled_probe
+@labeled_probe
 def test_a_bad_train_set_is_refused(name: str) -> None:
-    empty = Labelled(np.zeros((0, 8), np.float32), np.zeros(0, np.int64))
+    empty = Labeled(np.zeros((0, 8), np.float32), np.zeros(0, np.int64))
     with pytest.raises(UserError, match="no images"):
         rows(name, empty, blobs(9, 0))
     broken = blobs(50, 0)
@@ -269,10 +269,10 @@ def test_a_bad_train_set_is_refused(name: str) -> None:
         rows(name, broken, blobs(50, 1))
 
 
-@labelled_probe
+@labeled_probe
 def test_images_of_several_classes_are_accepted_or_refused(name: str) -> None:
-    def several(data: Labelled) -> Labelled:
-        return Labelled(data.features_nd, probes.multi_hot(data.labels_n, 6), data.fingerprint)
+    def several(data: Labeled) -> Labeled:
+        return Labeled(data.features_nd, probes.multi_hot(data.labels_n, 6), data.fingerprint)
 
     rows_or_refusal(
         lambda: rows(name, several(blobs(100, 0)), several(blobs(60, 1))), "can show several classes"

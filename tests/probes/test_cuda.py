@@ -11,7 +11,7 @@ import torch
 from raysl import probes
 from raysl.backbone.network import BackboneConfig
 from raysl.extraction.encoders import RandomBackbone
-from raysl.probes import Labelled, knn, linear
+from raysl.probes import Labeled, knn, linear
 from raysl.ray_cluster import gpus
 from tests.pretended_cuda import CUDA, OnDevice, pretended
 
@@ -22,11 +22,11 @@ PROBES: dict[str, Any] = {
 }
 
 
-def labelled(n: int, seed: int) -> Labelled:
+def labeled(n: int, seed: int) -> Labeled:
     random = np.random.default_rng(seed)
     labels_n = random.integers(0, 3, n)
     features_nd = random.normal(size=(n, 12)) + 2 * np.eye(3, 12)[labels_n]
-    return Labelled(features_nd.astype(np.float32), labels_n)
+    return Labeled(features_nd.astype(np.float32), labels_n)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -37,7 +37,7 @@ def test_a_probe_gives_the_results_of_the_cpu(
     monkeypatch.setattr(knn, "_TRAIN_TILE", 50)
     monkeypatch.setattr(probes, "_SHARE", share)
     monkeypatch.setattr(knn, "_QUERY_TILE", 2)
-    train, test = labelled(200, 0), labelled(60, 1)
+    train, test = labeled(200, 0), labeled(60, 1)
     expected = {row.name: row.value for row in PROBES[name].run(train, test)}
     monkeypatch.setattr(gpus, "device", lambda: CUDA)
     with pretended() as counts:
@@ -48,7 +48,7 @@ def test_a_probe_gives_the_results_of_the_cpu(
 
 @pytest.mark.parametrize("share", [0.5, 1e-6])
 def test_an_image_is_not_its_own_neighbour_in_any_tile(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = labelled(200, 0)
+    train = labeled(200, 0)
     expected = {row.name: row.value for row in PROBES["knn"].run(train, train)}
     monkeypatch.setattr(knn, "_TRAIN_TILE", 50)
     monkeypatch.setattr(knn, "_QUERY_TILE", 3)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from raysl.errors import UserError
-from raysl.probes import Labelled, Row
+from raysl.probes import Labeled, Row
 from raysl.probes import _task as frozen
 from raysl.probes._task import StoredFeatures, measure_layers
 from raysl.probes.collapse import Collapse
@@ -72,7 +72,7 @@ def test_rows_equal_those_of_the_driver(
     found = [measure_layers(one, list(LAYERS), *sets, False) for one in (knn, collapse)]
     for layer in LAYERS:
         train, test = (
-            Labelled(one.tables[layer].load(), np.asarray(one.labels_n), one.fingerprint) for one in sets
+            Labeled(one.tables[layer].load(), np.asarray(one.labels_n), one.fingerprint) for one in sets
         )
         for rows, wanted in zip(
             found, (knn.run(train, test), collapse.measure(test.features_nd)), strict=True

@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysl.probes import Labelled, Row, knn
+from raysl.probes import Labeled, Row, knn
 
 
-def random_set(n: int, classes: int, seed: int) -> Labelled:
+def random_set(n: int, classes: int, seed: int) -> Labeled:
     random = np.random.default_rng(seed)
-    return Labelled(random.normal(size=(n, 12)).astype(np.float32), random.integers(0, classes, n))
+    return Labeled(random.normal(size=(n, 12)).astype(np.float32), random.integers(0, classes, n))
 
 
-def values(train: Labelled, test: Labelled, config: knn.Config | None = None) -> dict[str, float]:
+def values(train: Labeled, test: Labeled, config: knn.Config | None = None) -> dict[str, float]:
     return {row.name: row.value for row in knn.Knn(config or knn.Config()).run(train, test)}
 
 
 def by_hand(
-    train: Labelled, test: Labelled, k: int, temperature: float, own: bool = False
+    train: Labeled, test: Labeled, k: int, temperature: float, own: bool = False
 ) -> tuple[float, float]:
     """Top-1 and top-5, one query at a time."""
     classes = int(train.labels_n.max()) + 1
@@ -55,11 +55,11 @@ def test_an_image_is_not_its_own_neighbour(tiles: tuple[int, int], monkeypatch: 
     monkeypatch.setattr(knn, "_TRAIN_TILE", tiles[0])
     monkeypatch.setattr(knn, "_QUERY_TILE", tiles[1])
     data = random_set(90, 8, 2)
-    same = Labelled(data.features_nd, data.labels_n, "a")
-    found = values(same, Labelled(data.features_nd, data.labels_n, "a"))
+    same = Labeled(data.features_nd, data.labels_n, "a")
+    found = values(same, Labeled(data.features_nd, data.labels_n, "a"))
     for k in (20, 1):
         assert found[f"top1/k={k},T=0.07"] == pytest.approx(by_hand(data, data, k, 0.07, own=True)[0])
-    assert values(same, Labelled(data.features_nd, data.labels_n, "b"))["top1/k=1,T=0.07"] == 1
+    assert values(same, Labeled(data.features_nd, data.labels_n, "b"))["top1/k=1,T=0.07"] == 1
 
 
 def test_k_is_clamped_to_the_train_set() -> None:

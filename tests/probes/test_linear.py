@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from raysl.probes import Labelled, Tiles, linear, tile_rows
+from raysl.probes import Labeled, Tiles, linear, tile_rows
 
 # All rows in one tile.
 WHOLE = Tiles(torch.device("cpu"), 1 << 30)
 
 
-def blobs(n: int, classes: int = 4, seed: int = 0, dim: int = 10) -> Labelled:
+def blobs(n: int, classes: int = 4, seed: int = 0, dim: int = 10) -> Labeled:
     """Overlapping clouds with correlated features."""
     means = np.random.default_rng(7).normal(size=(classes, dim))
     mix = np.random.default_rng(8).normal(size=(dim, dim))
     random = np.random.default_rng(seed)
     labels_n = random.integers(0, classes, n)
     features_nd = (means[labels_n] + random.normal(size=(n, dim))) @ mix
-    return Labelled(features_nd.astype(np.float32), labels_n)
+    return Labeled(features_nd.astype(np.float32), labels_n)
 
 
 def test_schedules_are_pinned() -> None:
@@ -34,11 +34,11 @@ def test_schedules_are_pinned() -> None:
     assert (pinned, 2) == (linear.SCHEDULES, linear.Config.version)
 
 
-def values(train: Labelled, test: Labelled) -> dict[str, float]:
+def values(train: Labeled, test: Labeled) -> dict[str, float]:
     return {row.name: row.value for row in linear.Linear(linear.Config()).run(train, test)}
 
 
-def standardised(data: Labelled) -> tuple[Tensor, Tensor]:
+def standardised(data: Labeled) -> tuple[Tensor, Tensor]:
     features_nd = torch.from_numpy(data.features_nd)
     return (features_nd - features_nd.mean(0)) / features_nd.std(0), torch.from_numpy(data.labels_n)
 
@@ -60,7 +60,7 @@ def test_the_test_set_is_standardised_by_the_train_set() -> None:
     """A test set of two of the four classes has another mean and spread."""
     sklearn = pytest.importorskip("sklearn.linear_model")
     train, test = blobs(400), blobs(400, seed=1)
-    few = Labelled(test.features_nd[test.labels_n < 2], test.labels_n[test.labels_n < 2])
+    few = Labeled(test.features_nd[test.labels_n < 2], test.labels_n[test.labels_n < 2])
     (found,) = (
         row.value
         for row in linear.Linear(linear.Config(weight_decays=(1e-2,))).run(train, few)
@@ -75,7 +75,7 @@ def test_the_test_set_is_standardised_by_the_train_set() -> None:
 def test_scale_and_shift_of_a_feature_do_not_matter() -> None:
     train, test = blobs(400), blobs(400, seed=1)
     scale = np.geomspace(1e-2, 1e2, 10, dtype=np.float32)
-    moved = [Labelled(x.features_nd * scale + 3, x.labels_n) for x in (train, test)]
+    moved = [Labeled(x.features_nd * scale + 3, x.labels_n) for x in (train, test)]
     plain = values(train, test)
     assert values(*moved)["top1"] == pytest.approx(plain["top1"], abs=0.01)
     assert plain["top1"] > 0.8
@@ -84,23 +84,23 @@ def test_scale_and_shift_of_a_feature_do_not_matter() -> None:
 def test_constant_and_repeated_features_are_harmless() -> None:
     train, test = blobs(400), blobs(400, seed=1)
 
-    def wider(data: Labelled) -> Labelled:
+    def wider(data: Labeled) -> Labeled:
         constant = np.full((len(data.labels_n), 1), 1e3, np.float32)
-        return Labelled(np.hstack([data.features_nd, data.features_nd, constant]), data.labels_n)
+        return Labeled(np.hstack([data.features_nd, data.features_nd, constant]), data.labels_n)
 
     assert values(wider(train), wider(test))["top1"] == pytest.approx(values(train, test)["top1"], abs=0.02)
 
 
 def test_noise_gets_strong_weight_decay() -> None:
     random = np.random.default_rng(0)
-    noise = Labelled(random.normal(size=(300, 100)).astype(np.float32), random.integers(0, 2, 300))
+    noise = Labeled(random.normal(size=(300, 100)).astype(np.float32), random.integers(0, 2, 300))
     assert (
         values(noise, blobs(50, 2, dim=100))["weight_decay"] >= values(blobs(300), blobs(50))["weight_decay"]
     )
 
 
 def test_few_images_get_the_strongest_weight_decay() -> None:
-    train = Labelled(np.eye(2, 10, dtype=np.float32), np.array([0, 1]))
+    train = Labeled(np.eye(2, 10, dtype=np.float32), np.array([0, 1]))
     assert values(train, blobs(20, 2))["weight_decay"] == 1.0
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysl.probes import Labelled, multi_hot, retrieval
+from raysl.probes import Labeled, multi_hot, retrieval
 
 
-def random_set(n: int, seed: int, fingerprint: str = "") -> Labelled:
+def random_set(n: int, seed: int, fingerprint: str = "") -> Labeled:
     random = np.random.default_rng(seed)
-    return Labelled(
+    return Labeled(
         random.normal(size=(n, 5)).astype(np.float32), random.integers(0, 4, n), fingerprint or str(seed)
     )
 
 
-def values(train: Labelled, test: Labelled, config: retrieval.Config | None = None) -> dict[str, float]:
+def values(train: Labeled, test: Labeled, config: retrieval.Config | None = None) -> dict[str, float]:
     found = retrieval.Retrieval(config or retrieval.Config()).run(train, test)
     return {row.name: row.value for row in found}
 
 
-def by_hand(train: Labelled, test: Labelled, k: int, own: bool = False) -> tuple[float, float]:
+def by_hand(train: Labeled, test: Labeled, k: int, own: bool = False) -> tuple[float, float]:
     """mAP and precision at k, one query and one rank at a time."""
     units = [
         x.features_nd.astype(np.float64) / np.linalg.norm(x.features_nd, axis=1, keepdims=True)
@@ -53,7 +53,7 @@ def test_a_query_does_not_find_itself() -> None:
 def test_images_that_share_a_class_are_right() -> None:
     train, test = random_set(60, 0), random_set(30, 1)
     plain = values(train, test)
-    one, other = (Labelled(x.features_nd, multi_hot(x.labels_n, 4)) for x in (train, test))
+    one, other = (Labeled(x.features_nd, multi_hot(x.labels_n, 4)) for x in (train, test))
     assert values(one, other) == plain
     one.labels_n[:, 0] = other.labels_n[:, 0] = 1
     assert values(one, other)["mAP"] == 1

@@ -12,7 +12,7 @@ import torch
 from raysl.backbone.network import BackboneConfig
 from raysl.errors import UserError
 from raysl.extraction import Pixels, RandomBackbone
-from raysl.probes import Labelled, Subject, robustness
+from raysl.probes import Labeled, Subject, robustness
 from raysl.probes._corruptions import CORRUPTIONS, corrupt
 from raysl.probes.knn import Config as KnnConfig
 from raysl.probes.knn import Knn
@@ -68,7 +68,7 @@ def test_accuracies_are_those_of_knn_on_the_corrupted_images(tmp_path: Path) -> 
     clean = [decode.evaluation_views(one, 16) for one in files]
     contrast = corrupt("contrast", clean[1], 5, numbers(list(range(40))))
     known, dull = ((one.flatten(1) / 255 - 0.5).numpy() for one in (clean[0], contrast))
-    wanted = next(Knn(KnnConfig()).run(Labelled(known, labels[0]), Labelled(dull, labels[1]))).value
+    wanted = next(Knn(KnnConfig()).run(Labeled(known, labels[0]), Labeled(dull, labels[1]))).value
     assert found["top1/contrast"] == wanted
     assert found["top1_corrupted"] == pytest.approx((wanted + found["top1/gaussian_noise"]) / 2)
     assert found["kept_share"] == pytest.approx(found["top1_corrupted"] / found["top1_clean"])

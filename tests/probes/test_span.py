@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from raysl.probes import Labelled, linear, svm
+from raysl.probes import Labeled, linear, svm
 from raysl.probes.linear import in_span
 
 
-def drawn(seed: int, count: int, dim: int) -> Labelled:
+def drawn(seed: int, count: int, dim: int) -> Labeled:
     image_rng = np.random.default_rng(seed)
     labels_n = np.arange(count) % 3
     means_cd = np.random.default_rng(0).normal(size=(3, dim))
     features_nd = 0.1 * means_cd[labels_n] + image_rng.normal(size=(count, dim))
-    return Labelled(features_nd.astype(np.float32), labels_n, f"drawn {seed}")
+    return Labeled(features_nd.astype(np.float32), labels_n, f"drawn {seed}")
 
 
 def test_products_are_kept() -> None:

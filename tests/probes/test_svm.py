@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from raysl.errors import UserError
-from raysl.probes import Labelled, lowshot, svm
+from raysl.probes import Labeled, lowshot, svm
 
 
 def precision(*shown: int) -> float:
@@ -42,13 +42,13 @@ def test_images_of_equal_score_pass_the_threshold_together() -> None:
     assert svm.average_precision(np.zeros(5), np.array([1, 0, 0, 0, 0])) == pytest.approx(1 / 5)
 
 
-def several(n: int, seed: int) -> Labelled:
+def several(n: int, seed: int) -> Labeled:
     """Images that show none to three classes; a tenth of the marks are difficult."""
     random = np.random.default_rng(seed)
     features_nd = random.normal(size=(n, 6)).astype(np.float32)
     shown_nc = (features_nd[:, :3] + 0.7 * random.normal(size=(n, 3)) > 0.4).astype(np.int64)
     shown_nc[random.random((n, 3)) < 0.1] = -1
-    return Labelled(features_nd, shown_nc)
+    return Labeled(features_nd, shown_nc)
 
 
 def test_equals_scikit_learn_used_directly() -> None:
@@ -91,7 +91,7 @@ def test_a_class_without_train_images_has_zero_and_one_without_test_images_is_le
     test.labels_n[:, 1] = 0
     (row,) = svm.Svm(svm.Config(costs=(1.0,))).run(train, test)
     (alone,) = svm.Svm(svm.Config(costs=(1.0,))).run(
-        Labelled(train.features_nd, train.labels_n[:, 2:]), Labelled(test.features_nd, test.labels_n[:, 2:])
+        Labeled(train.features_nd, train.labels_n[:, 2:]), Labeled(test.features_nd, test.labels_n[:, 2:])
     )
     assert row.value == pytest.approx(alone.value / 2)
 
@@ -106,7 +106,7 @@ def test_missing_scikit_learn_is_refused_with_the_command(monkeypatch: pytest.Mo
 def test_test_images_without_classes_are_refused() -> None:
     test = several(20, 1)
     with pytest.raises(UserError, match="No image of the test set shows a class"):
-        list(svm.Svm(svm.Config()).run(several(20, 0), Labelled(test.features_nd, 0 * test.labels_n)))
+        list(svm.Svm(svm.Config()).run(several(20, 0), Labeled(test.features_nd, 0 * test.labels_n)))
 
 
 def test_lowshot_samples_k_of_each_class_and_samples_are_nested() -> None:
@@ -124,7 +124,7 @@ def test_lowshot_equals_scikit_learn_used_directly_for_any_labels() -> None:
         random = np.random.default_rng(seed)
         classes_n = random.integers(0, 3, count)
         features_nd = np.eye(3, 6)[classes_n] + random.normal(size=(count, 6))
-        sets.append(Labelled(features_nd.astype(np.float32), np.array([3, 1, 7])[classes_n], f"{seed}"))
+        sets.append(Labeled(features_nd.astype(np.float32), np.array([3, 1, 7])[classes_n], f"{seed}"))
     train, test = sets
     unit = [
         x.features_nd / (np.linalg.norm(x.features_nd.astype(np.float64), axis=1, keepdims=True) + 1e-5)
@@ -151,7 +151,7 @@ def test_lowshot_omits_a_k_that_is_too_large_and_refuses_the_first() -> None:
     random = np.random.default_rng(0)
     labels_n = np.arange(30) % 3
     features_nd = (np.eye(3)[labels_n] * 5 + random.normal(size=(30, 3))).astype(np.float32)
-    data, test = Labelled(features_nd, labels_n, "a"), Labelled(features_nd, labels_n, "b")
+    data, test = Labeled(features_nd, labels_n, "a"), Labeled(features_nd, labels_n, "b")
     found = {row.name: row.value for row in lowshot.Lowshot(lowshot.Config(ks=(2, 10, 11))).run(data, test)}
     assert set(found) == {"top1/k=2", "top1_std/k=2", "top1/k=10", "top1_std/k=10"}
     # All five samples of ten are all images.

@@ -13,7 +13,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.dataset.clips import Clips
 from raysl.errors import MissingValueError
 from raysl.extraction import RandomBackbone
-from raysl.probes import Labelled, Subject, video
+from raysl.probes import Labeled, Subject, video
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.storage import Folder
@@ -36,7 +36,7 @@ def test_rows_are_those_of_the_linear_probe_on_mean_features(tmp_path: Path) -> 
             with torch.inference_mode():
                 frames = decode.evaluation_views([clips.frame(row, n) for n in (2, 6, 10)], 32)
                 means.append(encode(frames)["res3"].mean(0).numpy())
-        sets.append(Labelled(np.stack(means), data.labels()))
+        sets.append(Labeled(np.stack(means), data.labels()))
     wanted = {row.name: row.value for row in Linear(FEW.linear).run(*sets)}
     found = video.Video(FEW).rows(subject)
     assert {row.name: row.value for row in found if row.layer == "res3"} == wanted

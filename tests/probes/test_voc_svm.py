@@ -14,7 +14,7 @@ from PIL import Image
 from raysl.backbone.network import BackboneConfig
 from raysl.errors import MissingValueError, UserError
 from raysl.extraction import Pixels, RandomBackbone
-from raysl.probes import Labelled, Row, Subject, _voc, voc_svm
+from raysl.probes import Labeled, Row, Subject, _voc, voc_svm
 from raysl.probes._images import features
 from raysl.probes.svm import Config as SvmConfig
 from raysl.probes.svm import Svm
@@ -76,7 +76,7 @@ def test_scores_are_those_of_svm_on_the_same_features(tmp_path: Path) -> None:
         pixels_nd = (
             decode.resized_to_square([one.image for one in pictures], 16).flatten(1).float() / 255 - 0.5
         )
-        sets.append(Labelled(pixels_nd.numpy(), voc_svm.shown(pictures, ["disc", "square"])))
+        sets.append(Labeled(pixels_nd.numpy(), voc_svm.shown(pictures, ["disc", "square"])))
     assert sets[1].labels_n[-1].tolist() == [-1, 0]
     (wanted,) = Svm(config.svm).run(*sets)
     assert row == Row("mAP", wanted.value, "pooled")

@@ -90,7 +90,7 @@ def test_every_probe_has_a_section_with_every_field(name: str) -> None:
 
 
 def test_the_kinds_of_probes_are_told_apart() -> None:
-    assert "- Needs: labelled features of each requested layer.\n" in protocols.section("knn")
+    assert "- Needs: labeled features of each requested layer.\n" in protocols.section("knn")
     assert "requested layer. It learns from the train images" in protocols.section("linear")
     assert "- Needs: features of each requested layer, without labels.\n" in protocols.section("collapse")
     assert "- Needs: images and the network itself.\n" in protocols.section("invariance")

@@ -23,7 +23,7 @@ from raysl.extraction import RandomBackbone
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probes.invariance import EDGES
 from raysl.reporting import ReportConfig, report, retrieval_grid, run_figures
-from raysl.reporting.report_runs import LabelledRow, groups, labelled_rows
+from raysl.reporting.report_runs import LabeledRow, groups, labeled_rows
 from raysl.reporting.tables import Estimate, estimates, tables
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder
@@ -159,7 +159,7 @@ def test_external_models_are_compared_with_runs(tmp_path: Path, runs: list[str])
     other = Folder(str(tmp_path / "other"))
     other.write_json(MODEL, {"name": "resnet50.pth", "identity": {"encoder": "weights", "weights": "ab"}})
     write_rows(other, [row(0.9, encoder="weights")])
-    (table,) = tables(labelled_rows(groups([*runs, str(other)])))
+    (table,) = tables(labeled_rows(groups([*runs, str(other)])))
     assert table.lines[0][0] == "resnet50.pth"
     # There is one kind of untrained backbone, so its label needs no name.
     assert [label for label, _ in table.lines].count("untrained") == 1
@@ -170,7 +170,7 @@ def test_an_external_untrained_network_is_named_by_its_backbone(tmp_path: Path, 
     identity = RandomBackbone(BackboneConfig("resnet18"), 0).identity()
     other.write_json(MODEL, {"name": "random (resnet18)", "identity": identity})
     write_rows(other, [row(0.1, encoder="random", step=0, weights=None)])
-    (table,) = tables(labelled_rows(groups([*runs, str(other)])))
+    (table,) = tables(labeled_rows(groups([*runs, str(other)])))
     assert {"untrained small", "untrained resnet18"} < {label for label, _ in table.lines}
 
 
@@ -204,19 +204,19 @@ def test_a_run_that_was_not_probed_is_named_by_the_step_of_its_newest_checkpoint
 def test_protocols_and_data_never_share_a_table(runs: list[str]) -> None:
     rows = [row(0.1), row(0.2, protocol="q"), row(0.3, test="v"), row(0.4, train="v"), row(0.5, probe="knn")]
     write_rows(Folder(runs[0]), rows)
-    assert len(tables(labelled_rows(groups(runs[:1])))) == len(rows)
+    assert len(tables(labeled_rows(groups(runs[:1])))) == len(rows)
 
 
 def test_a_table_shows_only_the_newest_step(runs: list[str]) -> None:
     write_rows(Folder(runs[0]), [row(0.1, step=3), row(0.2, step=5)])
-    (table,) = tables(labelled_rows(groups(runs[:1])))
+    (table,) = tables(labeled_rows(groups(runs[:1])))
     assert table.lines == (("pirl-jigsaw", (Estimate((0.2,)),)),)
 
 
 def test_runs_probed_at_different_steps_do_not_share_a_row(runs: list[str]) -> None:
     write_rows(Folder(runs[0]), [row(0.1, step=3), row(0.5, probe="knn", step=5)])
     write_rows(Folder(runs[1]), [row(0.2, step=5, seed=1), row(0.6, probe="knn", step=5, seed=1)])
-    by_probe = {table.probe: table for table in tables(labelled_rows(groups(runs[:2])))}
+    by_probe = {table.probe: table for table in tables(labeled_rows(groups(runs[:2])))}
     assert [label for label, _ in by_probe["linear"].lines] == ["pirl-jigsaw, step 5", "pirl-jigsaw, step 3"]
     assert by_probe["knn"].lines == (("pirl-jigsaw", (Estimate((0.5, 0.6)),)),)
 
@@ -224,7 +224,7 @@ def test_runs_probed_at_different_steps_do_not_share_a_row(runs: list[str]) -> N
 def test_a_seed_counts_once(runs: list[str]) -> None:
     # The same run in two folders of a machine that does not repeat itself to the last bit.
     found_rows = [row(0.3, weights="a"), row(0.5, weights="b")]
-    cells = estimates([LabelledRow("pirl-jigsaw", one) for one in found_rows])
+    cells = estimates([LabeledRow("pirl-jigsaw", one) for one in found_rows])
     assert list(cells.values()) == [Estimate((0.4,))]
 
 
@@ -324,5 +324,5 @@ def test_runs_from_other_starting_weights_do_not_share_a_row(tmp_path: Path) -> 
 def test_moving_averages_of_different_steps_do_not_share_a_row(runs: list[str]) -> None:
     for place, step in zip(runs[:2], (2, 5), strict=True):
         write_rows(Folder(place), [row(0.5, encoder="momentum", step=step)])
-    found = [item.label for item in labelled_rows(groups(runs[:2])) if item.row["encoder"] == "momentum"]
+    found = [item.label for item in labeled_rows(groups(runs[:2])) if item.row["encoder"] == "momentum"]
     assert [label.rpartition(", ")[2] for label in found] == ["step 2", "step 5"]

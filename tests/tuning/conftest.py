@@ -1,4 +1,4 @@
-"""Labelled images for the sweeps of tests."""
+"""Labeled images for the sweeps of tests."""
 
 from __future__ import annotations
 

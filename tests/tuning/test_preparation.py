@@ -143,11 +143,11 @@ def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], t
         prepare(base(data[0]), config(data, tmp_path, **changes))
 
 
-def test_a_tenth_of_the_labelled_images_is_held_out(tmp_path: Path) -> None:
-    labelled = make_dataset(tmp_path / "all", 60)
-    learn, held = hold_out(labelled, Folder(str(tmp_path / "sweep")))
+def test_a_tenth_of_the_labeled_images_is_held_out(tmp_path: Path) -> None:
+    labeled = make_dataset(tmp_path / "all", 60)
+    learn, held = hold_out(labeled, Folder(str(tmp_path / "sweep")))
     assert (learn.num_images, held.num_images) == (54, 6)
-    again = hold_out(labelled, Folder(str(tmp_path / "other")))
+    again = hold_out(labeled, Folder(str(tmp_path / "other")))
     assert [part.manifest.fingerprint for part in again] == [
         part.manifest.fingerprint for part in (learn, held)
     ]

@@ -219,9 +219,9 @@ class Source:
                 one = replace(self._layout, found=replace(self._layout.found))
                 metadata.apply(tables.__getitem__, Survey(tables=set(tables)), one, wanted)
                 layouts[listing.path] = one
-        labelled = [one for one in layouts.values() if one.class_of is not None]
-        self._layout = next(iter([*labelled, *layouts.values()]), self._layout)
-        if labelled:
+        labeled = [one for one in layouts.values() if one.class_of is not None]
+        self._layout = next(iter([*labeled, *layouts.values()]), self._layout)
+        if labeled:
             # Images of an archive without labels have none: they must not take those of another archive.
             self._class_of = {path: one.class_of or {} for path, one in layouts.items()}
 
@@ -260,7 +260,7 @@ class Source:
                 of_archive = replace(of_archive, class_of=self._class_of.get(listing.path, {}))
             # A compressed archive is read from its beginning, so it is one unit.
             most = _WHOLE if listing.format == "stream" else size
-            for taken in in_units(self._labelled(listing, of_archive), most, lambda one: (1, one[0].size)):
+            for taken in in_units(self._labeled(listing, of_archive), most, lambda one: (1, one[0].size)):
                 for image, label in taken:
                     classes.add((label,), f"{listing.path}/{plain(image.name)}".strip("/"))
                 self.found.images += len(taken)
@@ -275,7 +275,7 @@ class Source:
                 yield Unit(len(taken), spec)
         classes.settle(self.found, not self._in_members and self._class_of is None)
 
-    def _labelled(self, listing: Listing, of_archive: layout.Layout) -> Iterator[tuple[Member, str | None]]:
+    def _labeled(self, listing: Listing, of_archive: layout.Layout) -> Iterator[tuple[Member, str | None]]:
         for name, image in listing.images.items():
             try:
                 label = of_archive.label(name)

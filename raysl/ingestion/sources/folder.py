@@ -87,7 +87,7 @@ class Source:
         classes = Classes()
         missing = dict.fromkeys(self._layout.class_of or ())
         self.found.images = 0
-        for some in in_units(self._labelled(), size, lambda one: (1, one[0].num_bytes)):
+        for some in in_units(self._labeled(), size, lambda one: (1, one[0].num_bytes)):
             for file, label in some:
                 classes.add((label,), file.path)
                 missing.pop(composed(file.path), None)
@@ -105,7 +105,7 @@ class Source:
                 "that table as the source"
             )
 
-    def _labelled(self) -> Iterator[tuple[File, str | None]]:
+    def _labeled(self) -> Iterator[tuple[File, str | None]]:
         """Yield every image or video with its label, in the order of the indices."""
         follow, base = self._location.config.follow_links, self._layout.base
         for file in self._survey.all_files() or files_below(self._root, follow_links=follow, base=base):
