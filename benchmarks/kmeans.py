@@ -162,11 +162,11 @@ def measure(folder: Path, n: int, d: int, k: int, flags: Flags) -> dict[str, Any
 
 
 def clouds(n: int, d: int) -> Any:
-    """Return rows of norm 1 around 500 centres, similar to features, float32 (n, d)."""
+    """Return rows of norm 1 around 500 centers, similar to features, float32 (n, d)."""
     generator = np.random.default_rng(0)
-    centres = generator.standard_normal((500, d), dtype=np.float32)
+    centers = generator.standard_normal((500, d), dtype=np.float32)
     x_nd = generator.standard_normal((n, d), dtype=np.float32)
-    x_nd += centres[generator.integers(0, len(centres), n)]
+    x_nd += centers[generator.integers(0, len(centers), n)]
     x_nd /= np.linalg.norm(x_nd, axis=1, keepdims=True)
     return x_nd
 

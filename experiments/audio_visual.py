@@ -8,7 +8,7 @@ Expect:   correspondence on held-out clips above 90 %, and the peak of the map i
 
 With --loss binary, correspondence is the mean of the accuracies of right and wrong pairs (Arandjelovic and Zisserman
 2017 and 2018); the wrong sounds are those of the other clips of a batch. With --loss infonce, the number is the share
-of frames that pick their sound among those of a batch. The probe `localisation` scores the map. The picture map.png
+of frames that pick their sound among those of a batch. The probe `localization` scores the map. The picture map.png
 shows some frames with their sound and the map.
 """
 
@@ -36,7 +36,7 @@ from raysl.ingestion import open_or_ingest, splits
 from raysl.objectives.audio_visual import Config
 from raysl.optim import OptimConfig
 from raysl.probes._images import cell_offset
-from raysl.probes.localisation import moments, peaks
+from raysl.probes.localization import moments, peaks
 from raysl.reporting import pictures
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -79,7 +79,7 @@ def main(flags: SoundFlags) -> None:
         print(f"seed {seed}: {task} {scores['accuracy']:.1%} on held-out clips", flush=True)
         rows.append({"task": task, **_about(flags), "seed": seed, **scores})
         if flags.form == "map":
-            rows += probe(run, train, test, probes=("localisation",))
+            rows += probe(run, train, test, probes=("localization",))
             if seed == flags.seeds[0]:
                 Folder(flags.out).write("map.png", pictures.png(maps(run, test)))
         Folder(flags.out).write("rows.jsonl", jsonl(rows))

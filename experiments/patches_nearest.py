@@ -40,7 +40,7 @@ class NearestFlags(ComparisonFlags):
     Args:
         of: "patches" of images, or "frames" of clips.
         count: number of queries that are drawn.
-        k: number of neighbours of each.
+        k: number of neighbors of each.
     """
 
     out: str = "results/patches_nearest"

@@ -7,7 +7,7 @@ Expect:   the other patch of a track is nearest more often in the features of th
           with random weights.
 
 Patches of held-out clips, in pairs along their tracks: each is a query, and all others of the batch are candidates. The
-features are those of the pooled layer, centred, compared by cosine. No class and no key point is used.
+features are those of the pooled layer, centered, compared by cosine. No class and no key point is used.
 """
 
 from __future__ import annotations

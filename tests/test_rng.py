@@ -90,7 +90,7 @@ def test_numbers_are_uniform_over_images_epochs_and_counts() -> None:
         assert 0.5 < chi2_per_degree(counts) < 1.6
 
 
-def test_neighbouring_numbers_are_independent() -> None:
+def test_neighboring_numbers_are_independent() -> None:
     array = image_rng(5, 2, range(40_000)).uniform_array("x", 2)
     for first, second in ((array[:, 0], array[:, 1]), (array[:-1, 0], array[1:, 0])):
         cells = (first * 10).astype(np.int64) * 10 + (second * 10).astype(np.int64)

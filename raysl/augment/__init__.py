@@ -72,7 +72,7 @@ class SourceCrop:
     ) -> NDArray[np.int64]:
         """Sample boxes: area uniform in the scales, ratio log-uniform, the first of ten attempts that fits.
 
-        When none fits, take the largest centred box with an allowed ratio (as torchvision's RandomResizedCrop).
+        When none fits, take the largest centered box with an allowed ratio (as torchvision's RandomResizedCrop).
 
         Returns:
             int64 (b, 4): top, left, height, width, each box inside its image.

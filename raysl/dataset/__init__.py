@@ -295,7 +295,7 @@ class DataSet:
     def _read_shard(
         self, number: int, groups: NDArray[np.int64], columns: Sequence[str]
     ) -> Iterator[pa.Table]:
-        """Yield the content of row groups of one shard, read with one request for neighbouring ones."""
+        """Yield the content of row groups of one shard, read with one request for neighboring ones."""
         shard = self.manifest.shards[number]
         wanted = ["index", *(name for name in columns if name != "label" or self.has_labels)]
         footer = self._metadata(number)

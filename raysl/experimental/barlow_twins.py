@@ -1,7 +1,7 @@
 """Barlow Twins: make the cross-correlation matrix between the embeddings of two views the identity.
 
 Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", arXiv 2103.03230. With z_a and z_b
-the embeddings of two views, each dimension standardised over the batch,
+the embeddings of two views, each dimension standardized over the batch,
 
     C_ij = mean over the batch of z_a,i z_b,j
     L = sum_i (1 - C_ii)^2 + lambda * sum_(i != j) C_ij^2                                                (eq. 1)
@@ -45,7 +45,7 @@ class BarlowTwins(Projected):
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute equation 1 over the global batch."""
         a_nd, b_nd = (
-            standardised(collective.gather_with_gradient(outputs[view].float())) for view in ("a", "b")
+            standardized(collective.gather_with_gradient(outputs[view].float())) for view in ("a", "b")
         )
         with torch.autocast(a_nd.device.type, enabled=False):
             c_dd = a_nd.T @ b_nd / len(a_nd)
@@ -56,7 +56,7 @@ class BarlowTwins(Projected):
         return Loss(invariance + self.config.lam * redundancy, metrics)
 
 
-def standardised(x_nd: Tensor) -> Tensor:
+def standardized(x_nd: Tensor) -> Tensor:
     """Return every column with mean 0 and variance 1 over the rows."""
-    centred_nd = x_nd - x_nd.mean(dim=0)
-    return centred_nd / (centred_nd.square().mean(dim=0) + 1e-5).sqrt()
+    centered_nd = x_nd - x_nd.mean(dim=0)
+    return centered_nd / (centered_nd.square().mean(dim=0) + 1e-5).sqrt()

@@ -171,7 +171,7 @@ class _Direction(nn.Module):
 
 
 class _Above(nn.Module):
-    """A residual layer that sees the neighbours of a patch in its row and in the row above, and none below."""
+    """A residual layer that sees the neighbors of a patch in its row and in the row above, and none below."""
 
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377. The backbone sees a random quarter of
 the patches only. A small transformer gets their encodings and mask tokens, and predicts the pixels of every patch.
-With x the pixels of a patch, standardised over the patch, and M the masked patches,
+With x the pixels of a patch, standardized over the patch, and M the masked patches,
 
     L = mean over M of the squared error of x                                                  (section 3 and table 1d)
 
@@ -41,13 +41,13 @@ class Config(Checked):
         masked: share of the patches that are masked, in 0..1 (paper: 0.75).
         dim: width of the decoder, a multiple of 32 (paper: 512).
         depth: blocks of the decoder (paper: 8).
-        standardise: standardise the pixels of every patch.
+        standardize: standardize the pixels of every patch.
     """
 
     masked: Annotated[float, Bounds(above=0, below=1), Range((0.5, 0.6, 0.75, 0.9))] = 0.75
     dim: Annotated[int, Bounds(32, 8192)] = 128
     depth: Annotated[int, Bounds(1, 64)] = 2
-    standardise: bool = True
+    standardize: bool = True
 
 
 class Mae(Base):
@@ -111,9 +111,9 @@ class Mae(Base):
         return {"predictions": predictions, "targets": self.targets(images_bchw), "mask": mask_bn}
 
     def targets(self, images_bchw: Tensor) -> Tensor:
-        """Return the pixels of every patch, row by row, (b, n, pixels), standardised if wanted."""
+        """Return the pixels of every patch, row by row, (b, n, pixels), standardized if wanted."""
         patches = F.unfold(images_bchw.float(), self.patch, stride=self.patch).transpose(1, 2)
-        if not self.config.standardise:
+        if not self.config.standardize:
             return patches
         variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
         return (patches - mean) / (variance + 1e-6).sqrt()

@@ -1,7 +1,7 @@
 """Compute frozen features of data sets, in this process or with a pool of Ray actors.
 
 Features are kept in parts, so that an interrupted pass goes on.
-Images are seen as in the evaluation: no augmentation, the centre of the image, batch normalization in evaluation mode.
+Images are seen as in the evaluation: no augmentation, the center of the image, batch normalization in evaluation mode.
 Only ranges of indices are sent through Ray; actors read the images that they encode, and write their features.
 """
 

@@ -35,7 +35,7 @@ _Named = tuple[str, bytes]  # an image file after its name, which is "" if it ha
 
 
 class FeatureExtractor:
-    """Turn images into features. They are prepared exactly as the probes do: short side resized, centre crop, uint8; an
+    """Turn images into features. They are prepared exactly as the probes do: short side resized, center crop, uint8; an
     image of the size of the view stays as it is.
 
     Unless images are given for them, BatchNorm keeps the statistics of training, in the place of which probes take

@@ -91,7 +91,7 @@ class Reestimated:
         return network
 
     def _views(self) -> Iterator[Tensor]:
-        # Not in stored order: neighbours are often of one class, and vary less than all images do.
+        # Not in stored order: neighbors are often of one class, and vary less than all images do.
         order_n = rng.generator("bn statistics").permutation(self.images.num_images)
         chosen_n = order_n[: norm.STATISTICS_IMAGES]
         images = self.images.read(chosen_n, ("image",)).column("image").to_pylist()

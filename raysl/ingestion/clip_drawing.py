@@ -121,7 +121,7 @@ def _color(a: NDArray[np.float64], hue: int | None = None) -> Array:
 
 
 def _path(random: Random, number: int, time_n: NDArray[np.float64]) -> Array:
-    """Return the centre of a shape in each frame, (n, 2): a straight way. The two shapes keep to opposite sides."""
+    """Return the center of a shape in each frame, (n, 2): a straight way. The two shapes keep to opposite sides."""
     side = 2 * math.pi * (random("side", 1)[0] + number / 2)
     a = random(f"path {number}", 3)
     middle = 0.5 + (0.18 + 0.06 * a[0]) * np.array([math.cos(side), math.sin(side)])

@@ -74,8 +74,8 @@ def draw(image_rng: ImageRng, size: int, plain: bool = False) -> tuple[NDArray[n
     `plain` draws nearly without color on a plain background, and gives every shape a texture of its own.
     """
     label_b = image_rng.integers("label", len(CLASSES))[:, 0]
-    centres = (torch.arange(size) + 0.5) * (2 / size) - 1
-    x_bhw, y_bhw = centres.expand(len(label_b), size, size), centres[:, None].expand(len(label_b), size, size)
+    centers = (torch.arange(size) + 0.5) * (2 / size) - 1
+    x_bhw, y_bhw = centers.expand(len(label_b), size, size), centers[:, None].expand(len(label_b), size, size)
     # The object and its background differ in luminance; either may be the lighter one.
     ground_b = image_rng.uniform("ground", 0.15, 0.85)[:, 0]
     step_b = image_rng.uniform("contrast", 0.28, 0.5)[:, 0]

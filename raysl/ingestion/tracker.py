@@ -60,9 +60,9 @@ def _find(before_hw: Gray, after_hw: Gray, place_2: NDArray[np.int64]) -> tuple[
     low_y, low_x = max(0, top - _REACH), max(0, left - _REACH)
     near = after_hw[low_y : top + _REACH + _PATCH, low_x : left + _REACH + _PATCH]
     windows = np.lib.stride_tricks.sliding_window_view(near, patch.shape)
-    centred = windows - windows.mean(axis=(2, 3), keepdims=True)
+    centered = windows - windows.mean(axis=(2, 3), keepdims=True)
     wanted = patch - patch.mean()
-    norms = np.sqrt((centred**2).sum(axis=(2, 3)) * (wanted**2).sum())
-    likeness = (centred * wanted).sum(axis=(2, 3)) / np.maximum(norms, 1e-6)
+    norms = np.sqrt((centered**2).sum(axis=(2, 3)) * (wanted**2).sum())
+    likeness = (centered * wanted).sum(axis=(2, 3)) / np.maximum(norms, 1e-6)
     y, x = np.unravel_index(int(likeness.argmax()), likeness.shape)
     return (int(low_y + y), int(low_x + x)) if likeness[y, x] >= _LIKE else None

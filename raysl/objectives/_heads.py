@@ -21,8 +21,8 @@ def projection(head: HeadName, width: int, dim: int, norm: NormName = "none") ->
 
     Args:
         head: "linear"; "mlp" with one hidden layer as wide as the features; or "bn", linear on features that are
-            standardised over the batch. A small backbone first gives all images nearly the same direction, and a short
-            run with a high learning rate may never leave it. Standardised features have no such direction.
+            standardized over the batch. A small backbone first gives all images nearly the same direction, and a short
+            run with a high learning rate may never leave it. Standardized features have no such direction.
         norm: normalization of the hidden layer of an "mlp", before its ReLU.
     """
     if head == "linear":

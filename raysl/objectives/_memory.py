@@ -30,7 +30,7 @@ class MemoryConfig(Checked):
             paper's letter for a probability), with probabilities from one softmax over the K + 1 scores.
         negatives: "shared" samples one set of negatives per step; "own" samples a set for each image, as the papers do.
         dim: D, number of dimensions of the embeddings.
-        head: "linear" as in the papers; "mlp" with one hidden layer; "bn", linear on standardised features, which
+        head: "linear" as in the papers; "mlp" with one hidden layer; "bn", linear on standardized features, which
             is recommended for short runs of small backbones.
     """
 

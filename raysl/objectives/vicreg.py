@@ -70,7 +70,7 @@ def _hinge(x_nd: Tensor) -> Tensor:
 
 def _off_diagonal(x_nd: Tensor) -> Tensor:
     """Compute c: equations 3 and 4."""
-    centred_nd = x_nd - x_nd.mean(dim=0)
+    centered_nd = x_nd - x_nd.mean(dim=0)
     with torch.autocast(x_nd.device.type, enabled=False):
-        covariance_dd = centred_nd.T @ centred_nd / max(1, len(x_nd) - 1)
+        covariance_dd = centered_nd.T @ centered_nd / max(1, len(x_nd) - 1)
     return (covariance_dd.square().sum() - covariance_dd.diagonal().square().sum()) / x_nd.shape[1]

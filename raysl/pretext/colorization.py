@@ -41,7 +41,7 @@ class Config(Checked):
             squared error.
         grid: cells per side of the target, an even number.
         step: side of a bin in units of a and b; smaller is harder (paper: 10).
-        neighbours: number of bins that share the probability of a color.
+        neighbors: number of bins that share the probability of a color.
         sigma: standard deviation of the Gaussian weights of these bins, in units of a and b.
         rebalance: share of the uniform distribution in the prior whose inverse weights the bins, in 0..1; with 1 all
             weights are equal.
@@ -51,7 +51,7 @@ class Config(Checked):
     mode: Literal["classify", "regress"] = "classify"
     grid: Grid = 8
     step: Annotated[int, Bounds(2, 50, hint="the paper uses 10")] = 10
-    neighbours: Annotated[int, Bounds(1, 16)] = 5
+    neighbors: Annotated[int, Bounds(1, 16)] = 5
     sigma: Annotated[float, Bounds(above=0, high=1000)] = 5.0
     rebalance: Annotated[float, Bounds(above=0, high=1)] = 0.5
     prior_chroma: Annotated[float, Bounds(above=0, high=1000)] = 8.0
@@ -92,7 +92,7 @@ class Colorization(DenseTransform):
         """Return the nearest bins, int64 (n, k), nearest first, and their probabilities."""
         bins_q2 = to_device(self.bins_q2, ab_n2.device)
         far_nq = torch.cdist(ab_n2, bins_q2, compute_mode="donot_use_mm_for_euclid_dist")
-        far_nk, bin_nk = far_nq.topk(min(self.config.neighbours, len(bins_q2)), largest=False)
+        far_nk, bin_nk = far_nq.topk(min(self.config.neighbors, len(bins_q2)), largest=False)
         return bin_nk, (-far_nk.square() / (2 * self.config.sigma**2)).softmax(1)
 
     def describe(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def rebalancing(bins_q2: Tensor, chroma: float, uniform: float) -> Tensor:
     """Return weights of the bins, float32 (q,), with mean 1 under the prior exp(-|ab| / chroma) (paper, section 2.2).
 
     Args:
-        bins_q2: centres of the bins.
+        bins_q2: centers of the bins.
         chroma: scale of the prior.
         uniform: share of the uniform distribution that is mixed in before inverting.
     """

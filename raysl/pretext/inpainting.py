@@ -35,13 +35,13 @@ class Config(Checked):
     """Hyperparameters of inpainting.
 
     Args:
-        mode: "random" removes square blocks at random positions, which is better for features; "centre" one square.
+        mode: "random" removes square blocks at random positions, which is better for features; "center" one square.
         share: largest share of the image that is missing; holes are whole cells, and random blocks may overlap.
         blocks: number of random blocks.
         grid: cells per side of the target, an even number.
     """
 
-    mode: Literal["random", "centre"] = "random"
+    mode: Literal["random", "center"] = "random"
     share: Annotated[float, Bounds(above=0, high=0.8), Range((0.125, 0.25, 0.5))] = 0.25
     blocks: Annotated[int, Bounds(1, 256)] = 4
     grid: Grid = 8
@@ -69,7 +69,7 @@ class Inpainting(DenseTransform):
     def _missing(self, image_rng: ImageRng) -> Tensor:
         """Return the missing cells, bool (b, grid, grid)."""
         free = self.config.grid - self.block
-        if self.config.mode == "centre":
+        if self.config.mode == "center":
             corner_bk2 = torch.full((len(image_rng.indices_b), 1, 2), free // 2)
         else:
             corner_bn = image_rng.integers("corners", free + 1, 2 * self.config.blocks)
@@ -95,7 +95,7 @@ class Inpainting(DenseTransform):
 
 def _block_cells(config: Config) -> int:
     """Return the side of a block in cells: the largest that does not exceed the share, at least 1."""
-    if config.mode == "centre":
+    if config.mode == "center":
         # Both sides keep the same number of cells.
         margin = math.ceil(config.grid * (1 - math.sqrt(config.share)) / 2 - 1e-9)
         return max(2, config.grid - 2 * margin)

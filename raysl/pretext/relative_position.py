@@ -1,7 +1,7 @@
 """Relative position: cut two patches of the image; the label is the position of the second relative to the first.
 
-Doersch, Gupta and Efros 2015, "Unsupervised visual representation learning by context prediction": the centre of a
-3 x 3 grid and one of its eight neighbours. A gap and a jitter keep lines from continuing across patches. Colors are
+Doersch, Gupta and Efros 2015, "Unsupervised visual representation learning by context prediction": the center of a
+3 x 3 grid and one of its eight neighbors. A gap and a jitter keep lines from continuing across patches. Colors are
 dropped, because chromatic aberration of lenses grows toward the border and would reveal the position. At 224 pixels
 the gap is 0.47 of a patch (paper: 0.5); at 32 pixels it is 0.33. Linear ImageNet top-1 of a ResNet-50: 40.4 %
 (MMSelfSup, which turns two of three images gray and does not drop channels).
@@ -24,8 +24,8 @@ from raysl.pretext._colors import grayscale
 from raysl.rng import ImageRng
 
 _MIN_PATCH = 4
-_NUM_NEIGHBOURS = 8
-_CENTRE = 4
+_NUM_NEIGHBORS = 8
+_CENTER = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Config(Checked):
     """Hyperparameters of relative position.
 
     Args:
-        both_orders: put the neighbour first in half of the pairs, with the opposite label.
+        both_orders: put the neighbor first in half of the pairs, with the opposite label.
         color_drop: guard against chromatic aberration: "channels" keeps one random channel of each patch and fills the
             others with noise, "gray" keeps the luminance, "none" keeps all.
         drop_probability: share of the images with dropped colors, in 0..1.
@@ -60,7 +60,7 @@ class RelativePosition:
     """
 
     num_crops = 2
-    num_labels = _NUM_NEIGHBOURS
+    num_labels = _NUM_NEIGHBORS
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.config = config
@@ -84,14 +84,14 @@ class RelativePosition:
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Cut two patches (b, 2, 3, s, s); labels are uniform."""
         on_host = image_rng.to(torch.device("cpu"))
-        place_b = on_host.integers("place", _NUM_NEIGHBOURS)[:, 0]
-        neighbour_b = place_b + (place_b >= _CENTRE)
-        cell_b2 = torch.stack([torch.full_like(neighbour_b, _CENTRE), neighbour_b], dim=1)
+        place_b = on_host.integers("place", _NUM_NEIGHBORS)[:, 0]
+        neighbor_b = place_b + (place_b >= _CENTER)
+        cell_b2 = torch.stack([torch.full_like(neighbor_b, _CENTER), neighbor_b], dim=1)
         label_b = place_b
         if self.config.both_orders:
             swapped_b = on_host.chance("order", 0.5)
             cell_b2 = torch.where(swapped_b[:, None], cell_b2.flip(1), cell_b2)
-            label_b = torch.where(swapped_b, _NUM_NEIGHBOURS - 1 - place_b, place_b)
+            label_b = torch.where(swapped_b, _NUM_NEIGHBORS - 1 - place_b, place_b)
         moved_b22 = on_host.integers("jitter", 2 * self.jitter + 1, 4).view(-1, 2, 2)
         pitch = self.patch_size + self.gap
         top_b2 = cell_b2 // 3 * pitch + moved_b22[..., 0]

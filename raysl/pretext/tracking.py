@@ -76,5 +76,5 @@ class Tracking(OfFrames):
             return frames, np.tile([0.0, 0.0, 1e6, 1e6], (2, 1))
         boxes_24 = tracks_kn4[track, frames]
         side_2 = self.config.context * boxes_24[:, 2:].max(axis=1)
-        centre_22 = boxes_24[:, :2] + boxes_24[:, 2:] / 2
-        return frames, np.column_stack([centre_22 - side_2[:, None] / 2, side_2, side_2])
+        center_22 = boxes_24[:, :2] + boxes_24[:, 2:] / 2
+        return frames, np.column_stack([center_22 - side_2[:, None] / 2, side_2, side_2])

@@ -53,7 +53,7 @@ def sample(count: int, each: int = 1) -> NDArray[np.int64]:
 def mixed(views: Iterable[Tensor]) -> list[Tensor]:
     """Return the images of all batches in random batches of about equal size; none if there is only one image.
 
-    Neighbours in a data set are often of one class, and the variance within a class is smaller than that of all images.
+    Neighbors in a data set are often of one class, and the variance within a class is smaller than that of all images.
     """
     parts = list(views)
     images_nchw = torch.cat(parts) if parts else torch.empty(0)
@@ -93,8 +93,8 @@ def cell_offset(backbone: Backbone, size: int) -> float:
     row, stride = maps_bdhw.shape[2] // 2, size / maps_bdhw.shape[2]
     (gradient_bchw,) = torch.autograd.grad(maps_bdhw[:, :, row].square().sum(), noise_bchw)
     weight_h = gradient_bchw.abs().sum(dim=(0, 1, 3))
-    centre = float((weight_h * torch.arange(size, device=device)).sum() / weight_h.sum())
-    return 0.0 if centre < (row + 0.25) * stride else 0.5
+    center = float((weight_h * torch.arange(size, device=device)).sum() / weight_h.sum())
+    return 0.0 if center < (row + 0.25) * stride else 0.5
 
 
 def batches(count: int) -> Iterator[slice]:

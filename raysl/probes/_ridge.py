@@ -1,6 +1,6 @@
 """Ridge regression from sums over rows, so that any number of rows takes one pass and constant memory.
 
-The loss is the mean squared error plus penalty * |weights|^2, of features that are standardised by their own mean and
+The loss is the mean squared error plus penalty * |weights|^2, of features that are standardized by their own mean and
 standard deviation; the offset has no penalty. The minimum is exact, so there is no learning rate and no seed.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The penalties that are tried, the strongest first. Features are standardised, so they mean the same for every network.
+# The penalties that are tried, the strongest first. Features are standardized, so they mean the same for every network.
 PENALTIES = (1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 # The share of the images, by their place in a random order, that chooses the penalty.
 HELD_OUT = 0.1

@@ -2,7 +2,7 @@
 
 The measures, on the features of at most `max_images` test images:
 
-effective_rank: exp of the entropy of the normalized singular values of the *centred* features (Roy and Vetterli 2007,
+effective_rank: exp of the entropy of the normalized singular values of the *centered* features (Roy and Vetterli 2007,
     "The effective rank: a measure of effective dimensionality", definition 1).
 rankme: RankMe (Garrido et al. 2023, "RankMe: assessing the downstream performance of pretrained self-supervised
     representations by their rank", equation 1): the same entropy of the singular values of the features *as they are*,
@@ -73,14 +73,14 @@ class Collapse:
         chosen_n = rng.sample(len(features_nd), self.config.max_images, "collapse")
         wide_nd: NDArray[np.float64] = features_nd[chosen_n].astype(np.float64)
         unit_nd = wide_nd / np.maximum(np.linalg.norm(wide_nd, axis=1, keepdims=True), 1e-12)
-        centred_k = np.linalg.svd(wide_nd - wide_nd.mean(0), compute_uv=False)
-        if centred_k[0] <= _ROUNDING * np.linalg.norm(wide_nd):
-            centred_k = np.zeros(1)
-        rank, most = effective_rank(centred_k), min(len(wide_nd) - 1, wide_nd.shape[1])
+        centered_k = np.linalg.svd(wide_nd - wide_nd.mean(0), compute_uv=False)
+        if centered_k[0] <= _ROUNDING * np.linalg.norm(wide_nd):
+            centered_k = np.zeros(1)
+        rank, most = effective_rank(centered_k), min(len(wide_nd) - 1, wide_nd.shape[1])
         yield Row("effective_rank", rank)
         yield Row("effective_rank_share", rank / most)
         yield Row("rankme", rankme(np.linalg.svd(wide_nd, compute_uv=False)))
-        if (alpha := alpha_req(centred_k**2)) is not None:
+        if (alpha := alpha_req(centered_k**2)) is not None:
             yield Row("alpha_req", alpha)
         yield Row("spread", float(unit_nd.std(0).mean() * np.sqrt(wide_nd.shape[1])))
         yield Row("constant", float((wide_nd.std(0) <= _ROUNDING * (np.abs(wide_nd.mean(0)) + 1)).mean()))

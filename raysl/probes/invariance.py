@@ -88,7 +88,10 @@ class Config(Settings):
         used = {name: asdict(given.get(name) or pretext.load(name)[0]()) for name in parts}
         # These names are part of the protocol hash: "dials", and fields with the spelling of its first version.
         spelled = {
-            name: {key.replace("color", "colour"): value for key, value in fields.items()}
+            name: {
+                key.replace("color", "colour").replace("neighbor", "neighbour"): value
+                for key, value in fields.items()
+            }
             for name, fields in used.items()
         }
         values = field_values(self)

@@ -9,7 +9,7 @@ and is linear. Numbers compare with one another and not with published ones.
 The head "regression" is ridge regression of the coordinates from the map of a layer, averaged into the largest square
 grid with at most `dims` numbers. The head "heatmap" is ridge regression of a Gaussian around each point (Tompson et al.
 2014) from the features of each place, in a grid of `side` cells; the prediction is the peak, refined by a parabola
-through it and its neighbours. Penalties are chosen on a tenth of the figures to learn from. Both are exact: no learning
+through it and its neighbors. Penalties are chosen on a tenth of the figures to learn from. Both are exact: no learning
 rate, no seed.
 
 `PCK_without_image` is that of the mean pose of the training figures, which sees no image: below it nothing was learned.
@@ -275,8 +275,8 @@ def _by_heatmap(
 
 def gaussians(points_nk2: Tensor, side: int, sigma: float) -> Tensor:
     """Return heat maps (n, k, side, side) with a peak of 1 at each point; coordinates and sigma are shares."""
-    centres = (torch.arange(side) + 0.5) / side
-    across, down = (-((centres - points_nk2[..., i, None]) ** 2) / (2 * sigma**2) for i in (0, 1))
+    centers = (torch.arange(side) + 0.5) / side
+    across, down = (-((centers - points_nk2[..., i, None]) ** 2) / (2 * sigma**2) for i in (0, 1))
     return (down[..., :, None] + across[..., None, :]).exp()
 
 

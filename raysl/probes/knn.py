@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification by cosine similarity.
+"""Weighted k-nearest-neighbor classification by cosine similarity.
 
 Wu et al. 2018 (NPID, "Unsupervised feature learning via non-parametric instance discrimination"), section 3.4: each of
 the k nearest train images votes for its class with weight exp(similarity / T). NPID uses k = 200 and T = 0.07; k = 20
@@ -28,10 +28,10 @@ _QUERY_TILE = 1 << 9
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Protocol of k-nearest-neighbour classification.
+    """Protocol of k-nearest-neighbor classification.
 
     Args:
-        ks: values of k, the number of neighbours. The first is that of the primary metric and is lowered to the number
+        ks: values of k, the number of neighbors. The first is that of the primary metric and is lowered to the number
             of train images if it is larger; other values that are larger are left out.
         temperatures: softmax temperatures T; the first is that of the primary metric.
     """
@@ -42,7 +42,7 @@ class Config(Settings):
 
 
 class Knn:
-    """Compute all k and T from one pass over the similarities. If test is train, an image is not its own neighbour."""
+    """Compute all k and T from one pass over the similarities. If test is train, an image is not its own neighbor."""
 
     dims = 0
 

@@ -1,13 +1,13 @@
 """A linear classifier on frozen features.
 
-The default schedule, "optimum", is multinomial logistic regression on features standardised by the train set, minimized
+The default schedule, "optimum", is multinomial logistic regression on features standardized by the train set, minimized
 with L-BFGS (as Kornblith et al. 2019, "Do better ImageNet models transfer better?", and CLIP). It has no learning rate
 that could favor one representation. The weight decay is chosen on a tenth of the train set, from the strongest to the
 first that is worse, and the classifier is then fitted on all of it.
 
 The other schedules are those of Goyal et al. 2019 ("Scaling and benchmarking self-supervised visual representation
 learning"), used by PIRL and VISSL: SGD with Nesterov momentum 0.9, batches of 256, a learning rate of 0.01 and three
-drops. Two differences: images are evaluation views, not random crops, and features are standardised one by one over the
+drops. Two differences: images are evaluation views, not random crops, and features are standardized one by one over the
 train set, not by a BatchNorm over channels.
 
 A layer is pooled to a grid of at most 9,216 features, as there; see `raysl.extraction.layers`.
@@ -159,7 +159,7 @@ class Fit:
     Without the change of coordinates correlated features take ten times the iterations.
 
     Args:
-        features_nd: standardised features, for their covariance; 2 d of them are used if there are more.
+        features_nd: standardized features, for their covariance; 2 d of them are used if there are more.
         tiles: how features are sent to the device, where loss and gradient are summed over tiles.
     """
 

@@ -298,8 +298,8 @@ def histogram(angles_n: Tensor) -> Tensor:
 
 def statistics(counts: Tensor) -> dict[str, float]:
     """Return shares within angles, and mean and median angle in degrees, of a histogram; exact to 0.01 degrees."""
-    centres = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (180 / _BINS)
+    centers = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (180 / _BINS)
     total, share = counts.sum(), counts.double() / counts.sum()
     shares = {f"within/{limit:g}": float(share[: round(limit * _BINS / 180)].sum()) for limit in WITHIN}
-    median = float(centres[int((counts.cumsum(0) * 2 >= total).nonzero()[0])])
-    return {**shares, "mean_angle": float((share * centres).sum()), "median_angle": median}
+    median = float(centers[int((counts.cumsum(0) * 2 >= total).nonzero()[0])])
+    return {**shares, "mean_angle": float((share * centers).sum()), "median_angle": median}

@@ -9,9 +9,9 @@ precision/k: share of the k nearest that come from an image, or a clip, of the s
 place_distance: for patches, the mean distance between the place of a patch in its image and that of the nearest,
     divided by that of random pairs. Near 0, a network finds patches by where they lie (chromatic aberration, borders).
 pose_distance: for frames with key points, the mean distance between the points of a frame and those of the nearest,
-    after both are centred, divided by that of random pairs. Below 1, frames of the same pose are near.
+    after both are centered, divided by that of random pairs. Below 1, frames of the same pose are near.
 
-Queries come from the test set, neighbours from the train set. experiments/patches_nearest.py draws them.
+Queries come from the test set, neighbors from the train set. experiments/patches_nearest.py draws them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Config(Settings):
         share: side of a patch as a share of the side of the evaluation view; it is enlarged to the view.
         per_image: number of patches of each image, or of frames of each clip.
         max_images: largest number of images or clips of either set, sampled at random.
-        ks: values of k, the number of neighbours; the first is that of the primary metric.
+        ks: values of k, the number of neighbors; the first is that of the primary metric.
     """
 
     version: ClassVar[int] = 1
@@ -102,7 +102,7 @@ class Patches(TaskProbe[Config]):
         for layer in subject.layers:
             check_features(known_of[layer], "train")
             check_features(asked_of[layer], "test")
-            index_nk = neighbours(asked_of[layer], known_of[layer], k, queries, gallery, same)
+            index_nk = neighbors(asked_of[layer], known_of[layer], k, queries, gallery, same)
             found = {
                 f"precision/k={k}": float((known_n[index_nk[:, :k]] == asked_n[:, None]).mean())
                 for k in config.ks
@@ -148,7 +148,7 @@ def _frames(data: DataSet, chosen_n: NDArray[np.int64], size: int, config: Confi
     return Pieces(torch.cat(views), np.array(sources), middles_n2, np.concatenate(points) if points else None)
 
 
-def neighbours(
+def neighbors(
     query_nd: NDArray[np.float32],
     gallery_md: NDArray[np.float32],
     k: int,
@@ -175,7 +175,7 @@ def _distances(queries: Pieces, gallery: Pieces, nearest_n: NDArray[np.int64]) -
     """Return distances of place or of pose to the nearest, relative to random pairs."""
     random_n = rng.generator("patches", "pairs").integers(0, len(gallery.sources_n), len(nearest_n))
     if queries.points_nk2 is not None and gallery.points_nk2 is not None:
-        poses = [_centred(one.points_nk2) for one in (queries, gallery)]
+        poses = [_centered(one.points_nk2) for one in (queries, gallery)]
         near, far = (_mean_distance(poses[0], poses[1][index_n]) for index_n in (nearest_n, random_n))
         return {"pose_distance": near / far} if far > 0 else {}
     if np.ptp(gallery.places_n2) == 0:
@@ -187,7 +187,7 @@ def _distances(queries: Pieces, gallery: Pieces, nearest_n: NDArray[np.int64]) -
     return {"place_distance": near / far} if far > 0 else {}
 
 
-def _centred(points_nk2: Any) -> Any:
+def _centered(points_nk2: Any) -> Any:
     seen_nk1 = np.isfinite(points_nk2).all(2, keepdims=True)
     sums_n12 = np.where(seen_nk1, points_nk2, 0).sum(1, keepdims=True)
     return points_nk2 - sums_n12 / seen_nk1.sum(1, keepdims=True).clip(1)

@@ -38,7 +38,7 @@ class Config(Settings):
     """Protocol of robustness.
 
     Args:
-        classifier: "knn" with 20 neighbours, or "linear", with their default protocols on the mean over places.
+        classifier: "knn" with 20 neighbors, or "linear", with their default protocols on the mean over places.
         corruptions: names of corruptions.
         severities: severities, 1 to 5.
         max_train: largest number of train images, sampled at random.

@@ -1,4 +1,4 @@
-"""Draw the views that a network receives, and the nearest neighbours of images."""
+"""Draw the views that a network receives, and the nearest neighbors of images."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def _made(table: pa.Table, views: Mapping[str, View], image_rng: ImageRng) -> di
     return {name: replace(made[name], target=targets.get(name, made[name].target)) for name in views}
 
 
-def neighbours_grid(
+def neighbors_grid(
     queries: DataSet,
     gallery: DataSet,
     query_q: npt.NDArray[np.int64],
     nearest_qk: npt.NDArray[np.int64],
     cosine_qk: npt.NDArray[np.float32],
 ) -> Image.Image:
-    """Draw a row for each query image: the image, then its nearest neighbours with their class and cosine.
+    """Draw a row for each query image: the image, then its nearest neighbors with their class and cosine.
 
     Args:
         query_q: int64 (q,), indices in `queries`.

@@ -47,7 +47,7 @@ def grids(
         cosine_qk, index_qk = nearest(
             test_features[_LAYER].load()[chosen], train_features[_LAYER].load(), k, own
         )
-        made.append(pictures.neighbours_grid(test, train, chosen, index_qk, cosine_qk))
+        made.append(pictures.neighbors_grid(test, train, chosen, index_qk, cosine_qk))
     return made
 
 

@@ -98,7 +98,7 @@ def _score_by_value(results: SweepResults, dimension: Dimension) -> Figure:
             places = sorted(groups)
             means = [mean(groups[p]) for p in places]
             spreads = [stdev(groups[p]) if len(groups[p]) > 1 else 0.0 for p in places]
-            # Neighbours among sampled values differ in all other fields, so no line joins them.
+            # Neighbors among sampled values differ in all other fields, so no line joins them.
             joined = "o-" if axis.listed else "o"
             line = axes.errorbar(places, means, spreads, fmt=joined, capsize=3, label=label)
             dots = [(p, score) for p in places for score in groups[p]]

@@ -1,4 +1,4 @@
-"""Read parts of Parquet files in few requests: the footer once in a process, and neighbouring parts at once."""
+"""Read parts of Parquet files in few requests: the footer once in a process, and neighboring parts at once."""
 
 from __future__ import annotations
 

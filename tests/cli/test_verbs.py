@@ -79,7 +79,7 @@ def test_mistakes(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["keypoints", "normals", "video", "localisation", "detection", "voc_svm"])
+@pytest.mark.parametrize("name", ["keypoints", "normals", "video", "localization", "detection", "voc_svm"])
 def test_probes_of_other_data_are_refused_before_ray_starts(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

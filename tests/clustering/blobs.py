@@ -16,11 +16,11 @@ from raysl.clustering import update
 from raysl.clustering.options import KMeansConfig
 
 
-def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> NDArray[np.float32]:
-    """Return normal clouds around some centres, float32 (num_rows, dim)."""
+def blobs(num_rows: int, dim: int = 6, centers: int = 8, seed: int = 0) -> NDArray[np.float32]:
+    """Return normal clouds around some centers, float32 (num_rows, dim)."""
     generator = np.random.default_rng(seed)
-    middle = generator.normal(size=(centres, dim)) * 3
-    return (middle[generator.integers(0, centres, num_rows)] + generator.normal(size=(num_rows, dim))).astype(
+    middle = generator.normal(size=(centers, dim)) * 3
+    return (middle[generator.integers(0, centers, num_rows)] + generator.normal(size=(num_rows, dim))).astype(
         np.float32
     )
 

@@ -51,7 +51,7 @@ def check(bounds: HamerlyBounds, rows_nd: NDArray[np.float32], centroids_kd: NDA
 
 @pytest.mark.parametrize("k", [1, 2, 40, 200])
 def test_lloyd_with_bounds_is_lloyd(k: int) -> None:
-    rows_nd = blobs(3000, dim=6, centres=30)
+    rows_nd = blobs(3000, dim=6, centers=30)
     centroids_kd = rows_nd[:k].copy()
     bounds, shares = None, []
     for _ in range(60):
@@ -71,7 +71,7 @@ def test_lloyd_with_bounds_is_lloyd(k: int) -> None:
 def test_centroids_that_jump_are_compared_with_every_row(jumping: int) -> None:
     """As when empty clusters are split: some centroids move anywhere between two passes, the rest a little."""
     generator = np.random.default_rng(0)
-    rows_nd = blobs(2000, dim=5, centres=40)
+    rows_nd = blobs(2000, dim=5, centers=40)
     centroids_kd = rows_nd[:100].copy()
     bounds = None
     for _ in range(12):

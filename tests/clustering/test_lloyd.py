@@ -195,7 +195,7 @@ def test_a_lost_pool_is_replaced_and_a_stopped_driver_resumes(
 
 @pytest.mark.ray
 def test_kmeans_plus_plus_starts_better_than_random_rows(usual: Clustering, tmp_path: Path) -> None:
-    rows_nd = blobs(400, centres=12, seed=5)
+    rows_nd = blobs(400, centers=12, seed=5)
     found = {}
     for actors in (1, 2):
         settings = config(init="k-means++", actors=actors, iterations=2, restarts=2)

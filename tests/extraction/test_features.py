@@ -60,8 +60,8 @@ def test_components_and_projections_of_other_features(
     plain: FeatureStore, dataset: DataSet, tmp_path: Path
 ) -> None:
     made = compute_features("random", config(dataset, tmp_path / "a", pca=5)).load()
-    centred = plain.load() - plain.load().mean(axis=0)
-    expected = np.linalg.svd(centred, full_matrices=False)
+    centered = plain.load() - plain.load().mean(axis=0)
+    expected = np.linalg.svd(centered, full_matrices=False)
     np.testing.assert_allclose(
         np.abs(made), np.abs(expected[0][:, :5] * expected[1][:5]), rtol=1e-2, atol=1e-4
     )

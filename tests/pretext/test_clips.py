@@ -128,8 +128,8 @@ def test_patches_lie_on_one_track_at_two_times(clips: Clips) -> None:
         frames, boxes = chosen.frames_bp[row], chosen.boxes_bp4[row]
         assert abs(frames[0] - frames[1]) >= 8
         assert (boxes[:, 2] == boxes[:, 3]).all()
-        centres = clips.tracks(row)[:, frames, :2] + clips.tracks(row)[:, frames, 2:] / 2
-        distances = np.abs(centres - (boxes[:, :2] + boxes[:, 2:] / 2)).max(axis=(1, 2))
+        centers = clips.tracks(row)[:, frames, :2] + clips.tracks(row)[:, frames, 2:] / 2
+        distances = np.abs(centers - (boxes[:, :2] + boxes[:, 2:] / 2)).max(axis=(1, 2))
         assert np.nanmin(distances) < 1e-3
 
 

@@ -27,10 +27,10 @@ def transformed(config: Config, count: int = 40, side: int = 32) -> tuple[Tensor
     return x, result.crops_bpchw[:, 0], result.target
 
 
-@pytest.mark.parametrize("mode", ["random", "centre"])
+@pytest.mark.parametrize("mode", ["random", "center"])
 @pytest.mark.parametrize("side", [32, 50])
 def test_cells_that_the_target_marks_are_filled_and_nothing_else_changes(mode: str, side: int) -> None:
-    x, seen, target = transformed(Config(mode="random" if mode == "random" else "centre"), side=side)
+    x, seen, target = transformed(Config(mode="random" if mode == "random" else "center"), side=side)
     assert target.shape == (40, 4, 8, 8)
     hole = (seen == FILL).all(1)
     cell = torch.arange(side) * 8 // side
@@ -44,8 +44,8 @@ def test_the_target_is_the_color_of_every_cell_before() -> None:
     assert (target[:, :3].float() - cells).abs().max() <= 0.501
 
 
-def test_the_centre_is_the_half_of_each_side() -> None:
-    _, _, target = transformed(Config(mode="centre"))
+def test_the_center_is_the_half_of_each_side() -> None:
+    _, _, target = transformed(Config(mode="center"))
     expected = torch.zeros(8, 8, dtype=torch.uint8)
     expected[2:6, 2:6] = 255
     assert (target[:, 3] == expected).all()

@@ -1,6 +1,6 @@
 """No way to the jigsaw's label but through what the patches show: not by their edges.
 
-On textures finer than the gap, so that only an edge which runs on from patch to patch could tell neighbours.
+On textures finer than the gap, so that only an edge which runs on from patch to patch could tell neighbors.
 """
 
 from __future__ import annotations

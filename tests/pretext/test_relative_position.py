@@ -37,9 +37,9 @@ def test_the_label_is_the_way_from_the_first_patch_to_the_second(both_orders: bo
     pitch = made.patch_size + made.gap
     off_b2 = corner_bp2[:, 1] - corner_bp2[:, 0] - pitch * torch.tensor(STEPS)[label_b]
     assert off_b2.abs().max() <= 2 * made.jitter
-    centred = ((corner_bp2[:, 0] - pitch).abs() <= 2 * made.jitter).all(1)
-    assert bool(centred.all()) != both_orders
-    assert float(centred.float().mean()) > 0.4
+    centered = ((corner_bp2[:, 0] - pitch).abs() <= 2 * made.jitter).all(1)
+    assert bool(centered.all()) != both_orders
+    assert float(centered.float().mean()) > 0.4
     assert set(label_b.tolist()) == set(range(8))
     # Every patch is one contiguous piece.
     size = made.patch_size

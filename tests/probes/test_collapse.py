@@ -59,7 +59,7 @@ def test_uniformity_equals_a_sum_over_pairs() -> None:
     assert collapse.uniformity(x) == pytest.approx(np.log(np.mean(pairs)))
 
 
-def test_rankme_is_the_published_equation_and_is_not_centred() -> None:
+def test_rankme_is_the_published_equation_and_is_not_centered() -> None:
     """Garrido et al. 2023, equation 1: exp(-sum p log p) with p = sigma / sum(sigma) + 1e-7, of the raw features."""
     x = (np.random.default_rng(0).normal(size=(200, 16)) @ np.diag(np.arange(1, 17.0)) + 30).astype(
         np.float32
@@ -69,8 +69,8 @@ def test_rankme_is_the_published_equation_and_is_not_centred() -> None:
     found = values(x)
     assert found["rankme"] == pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-5)
     assert found["rankme"] < 0.7 * found["effective_rank"]
-    centred = x.astype(np.float64) - x.mean(0, dtype=np.float64)
-    share = np.linalg.svd(centred, compute_uv=False)
+    centered = x.astype(np.float64) - x.mean(0, dtype=np.float64)
+    share = np.linalg.svd(centered, compute_uv=False)
     share /= share.sum()
     assert found["effective_rank"] == pytest.approx(np.exp(-np.sum(share * np.log(share))), rel=1e-5)
 

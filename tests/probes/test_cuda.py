@@ -47,7 +47,7 @@ def test_a_probe_gives_the_results_of_the_cpu(
 
 
 @pytest.mark.parametrize("share", [0.5, 1e-6])
-def test_an_image_is_not_its_own_neighbour_in_any_tile(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_not_its_own_neighbor_in_any_tile(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     train = labeled(200, 0)
     expected = {row.name: row.value for row in PROBES["knn"].run(train, train)}
     monkeypatch.setattr(knn, "_TRAIN_TILE", 50)

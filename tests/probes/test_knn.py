@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification against a direct count, and edge cases."""
+"""k-nearest-neighbor classification against a direct count, and edge cases."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def by_hand(
         if own:
             similar[query] = -np.inf
         scores = np.zeros(classes)
-        for neighbour in np.argsort(-similar)[:k]:
-            scores[train.labels_n[neighbour]] += np.exp(similar[neighbour] / temperature)
+        for neighbor in np.argsort(-similar)[:k]:
+            scores[train.labels_n[neighbor]] += np.exp(similar[neighbor] / temperature)
         ranked = [c for c in np.argsort(-scores, kind="stable") if scores[c] > 0]
         for top in hits:
             hits[top] += int(test.labels_n[query] in ranked[:top])
@@ -51,7 +51,7 @@ def test_equals_a_direct_count(tiles: tuple[int, int], monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("tiles", [(1 << 16, 1 << 9), (37, 16)])
-def test_an_image_is_not_its_own_neighbour(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_not_its_own_neighbor(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "_TRAIN_TILE", tiles[0])
     monkeypatch.setattr(knn, "_QUERY_TILE", tiles[1])
     data = random_set(90, 8, 2)

@@ -38,14 +38,14 @@ def values(train: Labeled, test: Labeled) -> dict[str, float]:
     return {row.name: row.value for row in linear.Linear(linear.Config()).run(train, test)}
 
 
-def standardised(data: Labeled) -> tuple[Tensor, Tensor]:
+def standardized(data: Labeled) -> tuple[Tensor, Tensor]:
     features_nd = torch.from_numpy(data.features_nd)
     return (features_nd - features_nd.mean(0)) / features_nd.std(0), torch.from_numpy(data.labels_n)
 
 
 @pytest.mark.parametrize("weight_decay", [1e-1, 1e-4])
 def test_gradient_vanishes_at_the_solution(weight_decay: float) -> None:
-    features_nd, labels_n = standardised(blobs(600))
+    features_nd, labels_n = standardized(blobs(600))
     fit = linear.Fit(features_nd, 4, linear.Config(), WHOLE)
     found = fit(features_nd, labels_n, weight_decay, fit.zero())
     weights_dc = found.weights_cd.T.double().requires_grad_()
@@ -56,7 +56,7 @@ def test_gradient_vanishes_at_the_solution(weight_decay: float) -> None:
     assert max(float(g.abs().max()) for g in gradient) < 1e-3
 
 
-def test_the_test_set_is_standardised_by_the_train_set() -> None:
+def test_the_test_set_is_standardized_by_the_train_set() -> None:
     """A test set of two of the four classes has another mean and spread."""
     sklearn = pytest.importorskip("sklearn.linear_model")
     train, test = blobs(400), blobs(400, seed=1)
@@ -114,7 +114,7 @@ def test_the_published_schedule_is_close_to_the_optimum() -> None:
 def test_sgd_is_the_published_update() -> None:
     """One batch an epoch, so that every step is known: Nesterov momentum, weight decay, a drop."""
     data = blobs(50, classes=3)
-    features_nd, labels_n = standardised(data)
+    features_nd, labels_n = standardized(data)
     schedule = linear.Sgd(epochs=3, drops=(2,), lr=0.5, weight_decay=0.1)
     found = linear.descend(features_nd, labels_n, schedule)
     x, onehot = features_nd.double().numpy(), np.eye(3)[data.labels_n]
@@ -135,7 +135,7 @@ def test_sgd_is_the_published_update() -> None:
 
 @pytest.mark.parametrize("weight_decay", [1e-1, 1e-4])
 def test_several_tiles_give_the_solution_of_one(weight_decay: float) -> None:
-    features_nd, labels_n = standardised(blobs(601))
+    features_nd, labels_n = standardized(blobs(601))
     found = {}
     for rows in (len(labels_n), 150):
         fit = linear.Fit(features_nd, 4, linear.Config(), Tiles(torch.device("cpu"), rows))

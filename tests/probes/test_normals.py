@@ -26,8 +26,8 @@ def sphere(seed: int) -> NDArray[np.float64]:
     """Normals (h, w, 3) of a ball on nothing: zeros around it."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:SIDE, 0:SIDE]
-    radius, centre = random.uniform(9, 14), random.uniform(13, 19, 2)
-    across, down = (x - centre[0]) / radius, (y - centre[1]) / radius
+    radius, center = random.uniform(9, 14), random.uniform(13, 19, 2)
+    across, down = (x - center[0]) / radius, (y - center[1]) / radius
     inside = across**2 + down**2 < 0.9
     toward = np.sqrt(np.clip(1 - across**2 - down**2, 0, None))
     found: NDArray[np.float64] = np.stack([across, down, toward], -1) * inside[..., None]

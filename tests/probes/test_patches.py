@@ -1,4 +1,4 @@
-"""Pieces are cut where they are said to be, and neighbours are those of plain NumPy."""
+"""Pieces are cut where they are said to be, and neighbors are those of plain NumPy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_patch_does_not_find_its_own_image_in_one_set_for_both(tmp_path: Path)
     both = replace(one, test=one.train)
     pieces = patches.pieces(one.train, 16, patches.Config())
     values = features(Pixels().load(torch.device("cpu"), ("pooled",)), [pieces.views_nchw])["pooled"]
-    index = patches.neighbours(values, values, 5, pieces, pieces, same=True)
+    index = patches.neighbors(values, values, 5, pieces, pieces, same=True)
     assert index.shape == (80, 5)
     assert (pieces.sources_n[index] != pieces.sources_n[:, None]).all()
     assert patches.Patches(patches.Config()).rows(both)

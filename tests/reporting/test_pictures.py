@@ -13,7 +13,7 @@ from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.objectives.clusterfit import Config
 from raysl.pretext import Geometry, build
-from raysl.reporting.pictures import mosaic, neighbours_grid, views_grid, views_of
+from raysl.reporting.pictures import mosaic, neighbors_grid, views_grid, views_of
 from raysl.rng import ImageRng
 from raysl.stream.decode import cut, decode
 from raysl.stream.views import View
@@ -79,10 +79,10 @@ def test_views_of_few_images_and_of_labels_for_each(tmp_path: Path) -> None:
         views_of(fitted, make_dataset(tmp_path / "other", 4, side=32))
 
 
-def test_a_grid_of_neighbours_shows_the_images_that_were_found(tmp_path: Path) -> None:
+def test_a_grid_of_neighbors_shows_the_images_that_were_found(tmp_path: Path) -> None:
     gallery, queries = make_dataset(tmp_path / "set", 9), make_dataset(tmp_path / "other", 4, seed=1)
     nearest_qk, cosine_qk = np.array([[8, 0], [3, 5]]), np.ones((2, 2), np.float32)
-    grid = np.asarray(neighbours_grid(queries, gallery, np.array([3, 1]), nearest_qk, cosine_qk))
+    grid = np.asarray(neighbors_grid(queries, gallery, np.array([3, 1]), nearest_qk, cosine_qk))
     for dataset, indices in ((queries, [3, 1]), (gallery, [8, 0, 3, 5])):
         for data in dataset.read(np.array(indices)).column("image").to_pylist():
             assert contains(grid, np.asarray(mosaic(decode(data)[None])))

@@ -106,7 +106,7 @@ def test_nothing_to_cut() -> None:
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (33, 32), (20, 20), (257, 131)])
 @pytest.mark.parametrize("side", [32, 47])
-def test_centre_is_the_evaluation_view_of_torchvision(size: tuple[int, int], side: int) -> None:
+def test_center_is_the_evaluation_view_of_torchvision(size: tuple[int, int], side: int) -> None:
     short = evaluation_side(side)
     theirs = transforms.Compose(
         [transforms.Resize(short), transforms.CenterCrop(side), transforms.PILToTensor()]
@@ -114,7 +114,7 @@ def test_centre_is_the_evaluation_view_of_torchvision(size: tuple[int, int], sid
     assert torch.equal(evaluation_views([encoded(picture(*size))], side)[0], theirs(picture(*size)))
 
 
-def test_centre_leaves_an_image_of_the_right_size_alone() -> None:
+def test_center_leaves_an_image_of_the_right_size_alone() -> None:
     out = evaluation_views([encoded(picture(32, 32)), encoded(picture(50, 40))], 32)
     assert out.shape == (2, 3, 32, 32)
     assert (out[0].permute(1, 2, 0).numpy() == np.asarray(picture(32, 32))).all()

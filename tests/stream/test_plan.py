@@ -99,7 +99,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
         )
         assert len({order.tobytes() for order in found}) == 6
         for order in found:
-            # Nothing of the order on disk is left: a neighbour in the stream is rarely a neighbour on disk.
+            # Nothing of the order on disk is left: a neighbor in the stream is rarely a neighbor on disk.
             assert np.mean(np.abs(np.diff(order)) == 1) < 0.05
 
 

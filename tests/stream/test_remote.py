@@ -59,11 +59,11 @@ def test_a_shard_takes_two_requests_once_and_a_row_group_one(store: str, local: 
     there.read(everything[::GROUP])
     cold = counts(store)
     assert cold["HEAD"] - SHARDS in (0, 1), "a size for each shard, and the region of the bucket"
-    # Row groups of this data set are neighbours, so those of a shard are one request.
+    # Row groups of this data set are neighbors, so those of a shard are one request.
     assert cold["GET"] == 2 * SHARDS
     there.read(everything[::GROUP])
     assert counts(store)["GET"] == SHARDS
-    # Every second row group: they are no neighbours.
+    # Every second row group: they are no neighbors.
     there.read(everything[:: 2 * GROUP])
     warm = counts(store)
     assert warm["GET"] == IMAGES // GROUP // 2

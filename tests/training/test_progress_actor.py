@@ -33,7 +33,7 @@ def test_rows_are_taken_once_and_the_first_failure_stays() -> None:
 def test_an_error_that_one_worker_keeps_meeting_is_a_failure() -> None:
     actor = ProgressActor()
     for rank in range(8):
-        actor.crash(5, rank, "lost a neighbour")
+        actor.crash(5, rank, "lost a neighbor")
     actor.crash(6, 0, "trace")
     assert actor.failure() is None
     actor.crash(5, 0, "trace")

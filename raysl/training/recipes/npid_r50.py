@@ -1,7 +1,7 @@
 """Instance discrimination (NPID), ResNet-50, 200 epochs of ImageNet: 54.0 % top-1 of a linear probe.
 
 Wu et al., arXiv 1805.01978, as in the authors' code; the result is quoted from the PIRL paper. A kNN probe with 200
-neighbours in their code has 46.8 %. With `--epochs 800 --batch-size 1024 --npid.num-negatives 32000
+neighbors in their code has 46.8 %. With `--epochs 800 --batch-size 1024 --npid.num-negatives 32000
 --optim.schedule cosine --view.min-scale 0.08 --view.recipe pirl` it is the "NPID++" of the PIRL paper: 59.0 %.
 
 Hardware: 8 GPUs with 32 images of 224 pixels each; the memory bank is 656 MB on each.

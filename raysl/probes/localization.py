@@ -1,4 +1,4 @@
-"""Localisation: does the place of a frame that fits the sound best lie on the object that sounds?
+"""Localization: does the place of a frame that fits the sound best lie on the object that sounds?
 
 Arandjelovic and Zisserman 2018, "Objects that sound" (arXiv 1712.06651), section 4: a network that was trained for
 audio-visual correspondence compares the sound with every place of a frame, and the place of the largest similarity is
@@ -38,14 +38,14 @@ from raysl.probes._task import TaskProbe
 from raysl.ray_cluster.gpus import device
 from raysl.stream import decode
 
-COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes localisation"
+COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes localization"
 
 _PART_CLIPS = 16
 
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Protocol of localisation.
+    """Protocol of localization.
 
     Args:
         frames: number of frames of each clip, evenly spaced in time; those without the object are left out.
@@ -66,7 +66,7 @@ class Moments:
     boxes_b24: NDArray[np.float64]
 
 
-class Localisation(TaskProbe[Config]):
+class Localization(TaskProbe[Config]):
     """Share of frames in which the peak of the map lies in the box of the sounding object, the primary metric."""
 
     primary_metric = "peak_in_box"
@@ -77,7 +77,7 @@ class Localisation(TaskProbe[Config]):
         for data in (train, test):
             if "sounding" not in data.manifest.clips.get("columns", []):
                 raise MissingValueError(
-                    f"The probe localisation needs clips that say which object sounds, and {data.name!r} does "
+                    f"The probe localization needs clips that say which object sounds, and {data.name!r} does "
                     "not. Give --train clips:1000#train --test clips:200#test."
                 )
 
@@ -88,10 +88,10 @@ class Localisation(TaskProbe[Config]):
 
 
 def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
-    """Return the rows of a `raysl.model.Model` in eval mode; see `Localisation.rows`."""
+    """Return the rows of a `raysl.model.Model` in eval mode; see `Localization.rows`."""
     if getattr(getattr(model.objective, "config", None), "form", "") != "map":
         raise UserError(
-            "The probe localisation needs a run that compares the sound with every place of a frame. Pretrain with "
+            "The probe localization needs a run that compares the sound with every place of a frame. Pretrain with "
             "--method audio_visual --audio-visual.form map."
         )
     size, window_s = subject.image_size, model.objective.config.window_s

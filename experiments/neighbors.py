@@ -1,11 +1,11 @@
-"""Draw the nearest neighbours of the same images in the features of several methods.
+"""Draw the nearest neighbors of the same images in the features of several methods.
 
-Command:  python experiments/neighbours.py --data DATA --runs RUNS --out OUT
+Command:  python experiments/neighbors.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
-Expect:   neighbours by color for an untrained network, by layout for prediction, by class for PIRL and supervised.
+Expect:   neighbors by color for an untrained network, by layout for prediction, by class for PIRL and supervised.
 
-The picture is neighbours.png; each run stores its own grid for `raysl report`, named by step and data sets.
+The picture is neighbors.png; each run stores its own grid for `raysl report`, named by step and data sets.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from raysl.storage import Folder
 
 
 @dataclass(frozen=True)
-class NeighbourFlags(ComparisonFlags):
+class NeighborFlags(ComparisonFlags):
     """Pretrain missing runs, score retrieval, and draw the grids of the first seed.
 
     Args:
         count: number of query images.
-        k: number of neighbours of each.
+        k: number of neighbors of each.
     """
 
-    out: str = "results/neighbours"
+    out: str = "results/neighbors"
     methods: tuple[str, ...] = ("predict-jigsaw", "pirl-jigsaw", "supervised")
     count: int = 6
     k: int = 4
 
 
-def main(flags: NeighbourFlags) -> None:
+def main(flags: NeighborFlags) -> None:
     """Print the table of retrieval, and write the report and the picture."""
     flags = small(flags)
     runs = trained(flags, ["retrieval"])
@@ -50,9 +50,9 @@ def main(flags: NeighbourFlags) -> None:
     for source, grid in zip(last, grids[1:], strict=True):
         retrieval_grid.save(grid, source.run.folder, source, train, test)
     named = dict(zip(["untrained", *flags.methods], grids, strict=True))
-    Folder(flags.out).write("neighbours.png", pictures.png(retrieval_grid.side_by_side(named)))
+    Folder(flags.out).write("neighbors.png", pictures.png(retrieval_grid.side_by_side(named)))
     reported(runs, flags, ["retrieval"])
 
 
 if __name__ == "__main__":
-    command(main, NeighbourFlags)
+    command(main, NeighborFlags)

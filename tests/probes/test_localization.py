@@ -14,7 +14,7 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.errors import MissingValueError, UserError
 from raysl.extraction import RandomBackbone
 from raysl.model import DatasetInfo, Model
-from raysl.probes import Subject, localisation
+from raysl.probes import Subject, localization
 from raysl.probes._images import cell_offset
 from raysl.storage import Folder
 from tests.data import make_clips, make_dataset
@@ -32,7 +32,7 @@ def test_a_peak_is_in_the_box_that_holds_it() -> None:
         maps[number, y, x] = 1
     left, right = [0, 0, 0.5, 0.5], [0, 0.5, 0.5, 0.5]
     boxes = np.array([[left, right], [left, right], [left, [np.nan] * 4], [right, left]])
-    found = localisation.scores(localisation.peaks(maps, 0.5), boxes)
+    found = localization.scores(localization.peaks(maps, 0.5), boxes)
     assert found["peak_in_box"] == 0.5
     assert found["peak_in_silent_box"] == 0.25
     assert found["chance"] == 0.25
@@ -40,7 +40,7 @@ def test_a_peak_is_in_the_box_that_holds_it() -> None:
 
 def test_a_map_that_is_high_in_the_box_is_right(tmp_path: Path) -> None:
     one = subject(tmp_path)
-    boxes = [m.boxes_b24 for m in localisation.moments(one.test, 32, 3, 1.0)]
+    boxes = [m.boxes_b24 for m in localization.moments(one.test, 32, 3, 1.0)]
     queue = list(boxes)
 
     def sound_map(backbone: object, frames: torch.Tensor, sounds: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_a_map_that_is_high_in_the_box_is_right(tmp_path: Path) -> None:
 
     objective = SimpleNamespace(config=SimpleNamespace(form="map", window_s=1.0), sound_map=sound_map)
     model = SimpleNamespace(objective=objective, backbone=RandomBackbone(BackboneConfig(), 0).network())
-    found = {row.name: row.value for row in localisation.measure(model, one, localisation.Config())}
+    found = {row.name: row.value for row in localization.measure(model, one, localization.Config())}
     # The middle of a box that reaches out of the frame may lie in no cell.
     assert found["peak_in_box"] > 0.9 > 3 * found["chance"]
 
@@ -65,13 +65,13 @@ def test_an_untrained_run_has_rows_and_other_objectives_are_refused(tmp_path: Pa
         config = Pretraining("-", "-", method, view=ViewConfig(image_size=32))
         return Model(config, DatasetInfo.of(one.train)).eval()
 
-    found = localisation.measure(model("audio_visual"), one, localisation.Config(frames=2))
+    found = localization.measure(model("audio_visual"), one, localization.Config(frames=2))
     assert {row.name for row in found} == {"peak_in_box", "peak_in_silent_box", "chance", "middle_in_box"}
     with pytest.raises(UserError, match=r"--audio-visual\.form map"):
-        localisation.measure(model("predict-rotation"), one, localisation.Config())
+        localization.measure(model("predict-rotation"), one, localization.Config())
     images = make_dataset(tmp_path / "images", 4)
     with pytest.raises(MissingValueError, match="which object sounds"):
-        localisation.Localisation(localisation.Config()).check_data(images, images)
+        localization.Localization(localization.Config()).check_data(images, images)
 
 
 @pytest.mark.parametrize(
