@@ -66,8 +66,6 @@ def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statisti
     if bn_statistics != probes.KEPT:
         # Until November 2026 the statistics were those of batches in stored order, often of one class.
         features["bn_statistics"] = f"{bn_statistics} in random order"
-    # The hash keeps the spelling that the probe was introduced with.
-    name = "localisation" if name == "localization" else name
     value = json.dumps([name, probes.settings(config), features], sort_keys=True)
     return hashlib.blake2b(value.encode(), digest_size=6).hexdigest()
 

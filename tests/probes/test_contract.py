@@ -30,7 +30,7 @@ PINNED = {
     "knn": "0e3c17152dc6",
     "lidar": "1e53bd4eef38",
     "linear": "8cc9f8028236",
-    "localization": "e35a13de4962",
+    "localization": "e6d4b64aa8e6",
     "lowshot": "8d561305e206",
     "normals": "d2768b1d38d1",
     "patches": "1250ceae846e",
