@@ -183,68 +183,16 @@ def _by_seed(of: Sequence[float]) -> str:
     return f"{_tenths(mean(of))} ({', '.join(map(_tenths, of))})"
 
 
-LONGER = ", 128,000 images"
-
-
 def _lectures() -> str:
     """Return the page of the lectures' claims, by data set."""
-    sources = {
-        "CIFAR-10": _lecture_rows("cifar10", "images=9083a61a"),
-        "Tiny ImageNet": _lecture_rows("tiny-imagenet-20", "images=0f890900"),
-        f"CIFAR-10{LONGER}": _long_rows("cifar10"),
-        f"Tiny ImageNet{LONGER}": _long_rows("tiny-imagenet-20"),
-    }
-    sources["CIFAR-10"] += [
-        row
-        for file in (
-            "clusterfit/label-noise",
-            *(f"sweep/{name}" for name in ("lambda", "negatives", "permutations")),
+    found = {
+        data: observations(
+            [*rows_of(f"lectures/{folder}.jsonl"), *rows_of(f"lectures/{folder}-sweeps.jsonl")],
+            (FAST["protocol"], *FAST_LATER),
         )
-        for row in rows_of(f"{file}.jsonl")
-    ]
-    figures = ("lambda", "negatives", "permutations")
-    sources["CIFAR-10, 3,000 images, judged on validation images"] = [
-        row for name in figures for row in rows_of(f"sweep/tune/{name}/rows.jsonl")
-    ]
-    found = {data: observations(rows, (FAST["protocol"], *FAST_LATER)) for data, rows in sources.items()}
-    longer = {
-        data: f"{name}{LONGER}"
-        for name in ("CIFAR-10", "Tiny ImageNet")
-        for data in sources
-        if data.startswith(name) and not data.endswith(LONGER)
+        for data, folder in (("CIFAR-10", "cifar10"), ("Tiny ImageNet", "tiny-imagenet-20"))
     }
-    return f"\n\n{page(CLAIMS, found, longer)}\n\n"
-
-
-def _long_rows(folder: str) -> list[Row]:
-    """Return the rows of the long runs on a data set, and of its sweeps."""
-    return [*rows_of(f"lectures/{folder}.jsonl"), *rows_of(f"lectures/{folder}-sweeps.jsonl")]
-
-
-def _lecture_rows(folder: str, own: str) -> list[Row]:
-    """Return the rows of a data set under the names that the claims use.
-
-    Args:
-        folder: of the data set.
-        own: what the label of a run says that learned from the images of this data set, and not from others.
-    """
-    evaluated = [
-        row
-        for name in ("rows", "uncurated", "two-tasks")
-        for row in rows_of(f"evaluation/{folder}/{name}.jsonl")
-    ]
-    compared = [
-        {**row, "label": row["method"]}
-        for row in rows_of(f"methods/{folder}/rows.jsonl")
-        if (row["encoder"], row["probe"]) == ("trained", "knn")
-    ]
-    rows = []
-    for row in (*compared, *evaluated):
-        label, _, about = row["label"].partition(" (")
-        # Invariance was measured under statistics that BatchNorm kept of the patches: see results/evaluation.
-        if own not in about and row["probe"] != "invariance":
-            rows.append({**row, "label": f"uncurated/{label}" if about else label})
-    return rows
+    return f"\n\n{page(CLAIMS, found)}\n\n"
 
 
 def _maps() -> str:

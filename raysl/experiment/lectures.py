@@ -144,16 +144,12 @@ def _measure(row: Mapping[str, Any], fast_linear: Sequence[str]) -> str:
     return str(name)
 
 
-def page(
-    claims: Sequence[Claim], found: Mapping[str, Observations], longer: Mapping[str, str] | None = None
-) -> str:
+def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
     """Return the number of claims of each verdict, and the Markdown table of claims.
 
     Args:
         claims: the claims, such as `raysl.experiment.claims.CLAIMS`.
         found: results by the name of a data set.
-        longer: for a name, that of longer runs on the same images. Where these have enough seeds, the others are left
-            out.
     """
     table = [
         "| claim | source | data | verdict | measured, in points, with the 95 % interval |",
@@ -162,12 +158,6 @@ def page(
     decided, verdicts = 0, Counter[str]()
     for claim in claims:
         judged = {data: judge(claim, results) for data, results in found.items()}
-        decisive = {
-            data
-            for data, (_, all_of) in judged.items()
-            if all(len(one.values) >= MIN_SEEDS for one in all_of)
-        }
-        judged = {data: of for data, of in judged.items() if (longer or {}).get(data) not in decisive}
         decided += sum(len(one.values) >= MIN_SEEDS for _, all_of in judged.values() for one in all_of)
         about = f"{claim.says} | {claim.figure}"
         measured_on = [data for data, (_, all_of) in judged.items() if any(one.values for one in all_of)]
