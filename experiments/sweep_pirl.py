@@ -5,8 +5,9 @@ Hardware: 2 CPU cores, 24 GB, no GPU.
 Time:     with --epochs 3 --images 3000 --seeds 0 1 2, 10 to 19 minutes for each figure beside much other work. "recipe"
           with --epochs 9 --images 5000 --samples 16 --seeds 0 1 2 --max-concurrent 2 --no-share-stream: 34 minutes.
           With --local, on 1,500 drawn images: about 2 minutes.
-Expect:   as in the PIRL paper (arXiv 1912.01991, section 5), the best lambda is in the middle. At this size, no
-          gain from more negatives or permutations shows, unlike in the paper. See results/lectures and results/sweep.
+Expect:   the best lambda is in the middle, as in the PIRL paper (arXiv 1912.01991, section 5), though on CIFAR-10 it is
+          not clearly ahead of 0. At this size, no gain from more negatives or permutations shows, unlike in the paper.
+          See results/lectures and results/sweep.
 
 With --scale full it is the sweep of a laboratory: ResNet-50 on photos of 224 pixels in bf16, by the recipe
 pirl-r50-800ep with fewer epochs. It prints its cost first, and has not been run:
