@@ -107,7 +107,9 @@ def choose_for_methods(
     images = _Images(dataset.num_images, short_side(dataset) > SMALL_SIDE)
     has_negatives = any(hasattr(part, "num_negatives") for part in base.parts.values())
     found: dict[str, dict[str, Any]] = {}
-    _log.info("Chosen for each method, besides what is given or varied:")
+    _log.info(
+        "All methods have the same learning rate and epochs; an epoch of some takes longer. Each also has:"
+    )
     for name in names:
         found[name] = {
             choice.name: choice.value
@@ -116,7 +118,7 @@ def choose_for_methods(
             and not (has_negatives and choice.name.endswith(".num_negatives"))
         }
         chosen = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in found[name].items())
-        _log.info("  %s: %s", name, chosen or "the values of its class")
+        _log.info("  %s: %s", name, chosen or "nothing else")
     return found
 
 

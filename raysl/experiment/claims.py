@@ -115,7 +115,7 @@ CLAIMS = (
         _more("lambda 0.5 minus 1, kNN", "lambda=0.5", "lambda=1", "knn"),
     ),
     _claim(
-        "ClusterFit is better than its teacher",
+        "ClusterFit, which trains for as long again as its teacher, is better than the teacher",
         "ClusterFit, table 4",
         _more("ClusterFit minus predict-jigsaw, linear", CLUSTERFIT, PREDICT, "linear"),
         _more("ClusterFit minus predict-jigsaw, kNN", CLUSTERFIT, PREDICT, "knn"),
@@ -153,7 +153,7 @@ CLAIMS = (
         _more("PIRL minus PIRL with a tenth of the steps, kNN", PIRL, f"short/{PIRL}", "knn"),
     ),
     _claim(
-        "A wider network and more different images still help, for as many steps",
+        "A wider network still helps, for as many steps",
         "lecture 10-2, open question; Goyal et al. 2019, figure 2",
         _more(
             "the usual width minus half of it, kNN",
@@ -161,6 +161,10 @@ CLAIMS = (
             f"saturation/narrow-all/{PIRL}",
             "knn",
         ),
+    ),
+    _claim(
+        "More different images still help, for as many steps",
+        "lecture 10-2, open question; Goyal et al. 2019, figure 2",
         _more(
             "all images minus a fifth of them, kNN",
             f"saturation/usual-all/{PIRL}",

@@ -215,6 +215,11 @@ def make_trial_context(
     shared_paths.refuse_local({"--out": config.out})
     images = open_or_ingest(base.data)
     labeled = open_or_ingest(config.train) if config.train else images
+    if not labeled.has_labels and not config.train:
+        raise UserError(
+            f"The images {images.name!r} have no labels, and a sweep compares its trials on labeled images. Give "
+            "--train, labeled images."
+        )
     given = open_or_ingest(config.validation) if config.validation else None
     test = open_or_ingest(config.test) if config.test else None
     for eval_set in filter(None, (given, test)):

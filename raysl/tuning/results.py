@@ -265,9 +265,10 @@ def doubts(results: SweepResults) -> list[str]:
         others = [n for n in results.trials if results.state(n) == "finished" and n != best]
         near = sum(score - results.means(n)[-1] < most for n in others)
         if near:
+            of_others = f"{near} of the {len(others)} others" if near < len(others) else "every other trial"
             sentences.append(
                 f"With {counted(images, 'validation image')}, a difference of {number(most)} may be chance: "
-                f"{near} of the {counted(len(others), 'other finished trial')} may be as good."
+                f"{of_others} may be as good."
             )
     beaten = {"random": "the untrained network", "pixels": "raw pixels"}
     above = [

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,7 +160,10 @@ def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
     """
     given = [text.partition("=") for text in vary]
     varied = next((values for name, _, values in given if name == "method" and values), "")
-    known = _fields(varied.split(",") if varied else [base.method])
+    names = [name.strip() for name in varied.split(",")] if varied else [base.method]
+    known = _fields(names)
+    for text, _, _ in given:
+        _refuse_unshared(text, known, names)
     named = [(_resolve(text, known), values if equals else None) for text, equals, values in given]
     space_ = Space(tuple(_dimension(name, known[name], values, listed) for name, values in named))
     _refuse_repeats(space_.names)
@@ -240,6 +243,27 @@ def _range(hint: Any) -> Range:
         return Range((False, True))
     own = next((extra for extra in typing.get_args(hint) if isinstance(extra, Range)), None)
     return own or Range(typing.get_args(plain) if typing.get_origin(plain) is Literal else ())
+
+
+def _refuse_unshared(given: str, known: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise UserError if a field belongs to some of several methods, and not to all.
+
+    Args:
+        known: the fields that all of the methods have.
+        names: names of the methods.
+    """
+    wanted = given.strip().replace("-", "_")
+
+    def matches(fields_of: Iterable[str]) -> list[str]:
+        return [name for name in fields_of if wanted in (name, name.rpartition(".")[2])]
+
+    found = {name: own for name in names if (own := matches(_fields([name])))}
+    if found and not matches(known):
+        fields_of = ", ".join(f"{own[0]} of {name}" for name, own in found.items())
+        raise UserError(
+            f"{given!r} cannot vary together with the method: it is {fields_of}, and not a field of all methods. Sweep "
+            "it for one method at a time."
+        )
 
 
 def _resolve(given: str, known: Mapping[str, Any]) -> str:

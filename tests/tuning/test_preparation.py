@@ -56,6 +56,16 @@ def test_a_value_that_fails_for_some_trials_is_found_before_any_begins(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_on_images_without_labels_asks_for_labeled_ones(
+    data: tuple[str, str], tmp_path: Path
+) -> None:
+    images = str(make_dataset(tmp_path / "unlabeled", 96).folder)
+    manifest = Folder(images).read_json("manifest.json")
+    Folder(images).write_json("manifest.json", {**manifest, "classes": []})
+    with pytest.raises(UserError, match=r"have no labels.*--train"):
+        sweep(base(images), config(data, tmp_path / "sweep", vary=("temperature=0.1,0.2",)))
+
+
 def test_each_method_of_a_sweep_has_what_suits_the_images(data: tuple[str, str], tmp_path: Path) -> None:
     parts = {"pirl": Pirl(num_negatives=32, dim=16)}
     settings = config(

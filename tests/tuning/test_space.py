@@ -158,11 +158,16 @@ def test_another_method_has_as_many_negatives() -> None:
         ("num_negatives=1.5", "must be a whole number"),
         ("pirl.head=deep", "must be one of linear, mlp, bn"),
         ("temperature=0.1..0.2", "is an interval"),
+        (
+            "method=pirl-jigsaw,simclr temperature",
+            "pirl.temperature of pirl-jigsaw, simclr.temperature of simclr",
+        ),
+        ("method=pirl-jigsaw,simclr lam=0,1", "pirl.lam of pirl-jigsaw, and not a field of all"),
     ],
 )
 def test_what_is_refused(vary: str, answer: str) -> None:
     with pytest.raises(UserError, match=answer):
-        made(vary)
+        made(*vary.split())
 
 
 def test_an_interval_the_wrong_way_round_is_empty() -> None:
