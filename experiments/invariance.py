@@ -23,12 +23,12 @@ class InvarianceFlags(ComparisonFlags):
     """Pretrain missing runs, measure invariance, and draw histograms and a map of transforms and layers.
 
     Args:
-        invariance: protocol of the measure; the runs of PIRL learn from a jigsaw of 2 by 2 patches.
+        invariance: protocol of the measure. PIRL learns from a jigsaw of 2 x 2 patches, predict-jigsaw of 3 x 3.
     """
 
     out: str = "results/invariance"
     methods: tuple[str, ...] = ("predict-jigsaw", "pirl-jigsaw")
-    invariance: Invariance = field(default_factory=lambda: Invariance(grid=2))
+    invariance: Invariance = field(default_factory=Invariance)
 
 
 def main(flags: InvarianceFlags) -> None:

@@ -31,12 +31,12 @@ class ScatterFlags(ComparisonFlags):
     """Pretrain missing runs, measure invariance and accuracy, and draw a scatter plot.
 
     Args:
-        invariance: protocol of the measure; the runs of PIRL learn from a jigsaw of 2 by 2 patches.
+        invariance: protocol of the measure. PIRL learns from a jigsaw of 2 x 2 patches, predict-jigsaw of 3 x 3.
     """
 
     out: str = "results/invariance_vs_performance"
     methods: tuple[str, ...] = ("predict-jigsaw", "clusterfit", "pirl-jigsaw")
-    invariance: Invariance = field(default_factory=lambda: Invariance(grid=2))
+    invariance: Invariance = field(default_factory=Invariance)
 
 
 def main(flags: ScatterFlags) -> None:

@@ -108,6 +108,8 @@ def main(flags: SweepFlags) -> None:
             images=10**9 if flags.images == usual.images else flags.images,
             epochs=30 if flags.epochs == usual.epochs else flags.epochs,
         )
+    if flags.values and flags.figure not in ("lambda", "negatives", "permutations"):
+        raise UserError(f"--values has no meaning with --figure {flags.figure}. Leave it out.")
     images = drawn(flags, flags.images)
     if flags.scale == "full":
         print(cost(flags, images.num_images), flush=True)
@@ -200,7 +202,7 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
     vary = (grids[flags.figure],)
     name, _, values = vary[0].partition("=")
     if flags.values:
-        vary = (f"{name}={','.join(f'{value:g}' for value in flags.values)}",)
+        vary = (f"{name}={','.join(f'{value:.10g}' for value in flags.values)}",)
     elif flags.local and flags.figure != "chosen":
         vary = (f"{name}={','.join(values.split(',')[1:3])}",)
     return SweepConfig("-", vary, seeds=flags.seeds)

@@ -35,6 +35,8 @@ FAST = {"probe": "linear", "name": "top1", "protocol": "a3561de13ca9"}
 # The same schedules of the linear probe in their later versions, of results/lectures.
 FAST_LATER = ("76e3dbca767a", "f182d6a9372f")
 OPTIMUM_LATER = {**OPTIMUM, "protocol": "4a65eaba0798"}
+# Invariance to a jigsaw of 2 x 2 patches.
+OWN_JIGSAW = "8ac9b023d04b"
 CLOSER = {"probe": "invariance", "layer": "pooled"}
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")
 LONG = "evaluation/tiny-imagenet-20-long"
@@ -189,6 +191,7 @@ def _lectures() -> str:
         data: observations(
             [*rows_of(f"lectures/{folder}.jsonl"), *rows_of(f"lectures/{folder}-sweeps.jsonl")],
             (FAST["protocol"], *FAST_LATER),
+            (OWN_JIGSAW,),
         )
         for data, folder in (("CIFAR-10", "cifar10"), ("Tiny ImageNet", "tiny-imagenet-20"))
     }

@@ -189,6 +189,7 @@ class Pretraining(Checked):
         Raises:
             UserError: as `from_json`; or it needs a plugin that is gone or not trusted.
         """
+        value = _with_new_names(value)
         backbone, view = dict(value.get("backbone", {})), dict(value.get("view", {}))
         names = [str(backbone.get("name", "")), str(view.get("recipe", ""))]
         plugin, own = value.get("plugin", ()), [name.rpartition(":")[0] for name in names if ":" in name]
@@ -202,6 +203,20 @@ class Pretraining(Checked):
             }
             value = {**value, **now, "plugin": [places[name] for name in plugin]}
         return Pretraining.from_json(value)
+
+
+def _with_new_names(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with American spelling, which fields have since December 2026."""
+    parts = {name: dict(part) for name, part in value.get("parts", {}).items()}
+    for name, old, new in (
+        ("colorization", "neighbours", "neighbors"),
+        ("mae", "standardise", "standardize"),
+    ):
+        if old in parts.get(name, {}):
+            parts[name][new] = parts[name].pop(old)
+    if parts.get("inpainting", {}).get("mode") == "centre":
+        parts["inpainting"]["mode"] = "center"
+    return {**value, "parts": parts}
 
 
 def unknown_field(name: str, method: str, others: Iterable[str] = ()) -> UserError:

@@ -80,9 +80,8 @@ def choose_defaults(
     """
     wanted, side = _without_auto_workers(given), short_side(dataset)
     images = _Images(dataset.num_images, side > SMALL_SIDE)
-    several = "method" in varied
-    offered = _choices(wanted, images, default_workers, has_gpus, several)
-    choices = [choice for choice in offered if not _contains(wanted, choice.name)]
+    offered = _choices(wanted, images, default_workers, has_gpus, varied)
+    choices = [choice for choice in offered if not is_given(wanted, choice.name)]
     listed = [choice for choice in choices if choice.name not in varied]
     if listed:
         _log.info(
@@ -95,7 +94,11 @@ def choose_defaults(
 
 
 def choose_for_methods(
-    given: Mapping[str, Any], dataset: DataSet, base: Pretraining, names: Iterable[str]
+    given: Mapping[str, Any],
+    dataset: DataSet,
+    base: Pretraining,
+    names: Iterable[str],
+    varied: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Return what suits the images for each of several methods alone, by dotted names of fields.
 
@@ -103,22 +106,23 @@ def choose_for_methods(
         given: as in `choose_defaults`.
         base: the configuration that `choose_defaults` has returned. Other methods take its number of negatives.
         names: names of the methods.
+        varied: dotted names of fields that trials vary, which are not chosen.
     """
     images = _Images(dataset.num_images, short_side(dataset) > SMALL_SIDE)
     has_negatives = any(hasattr(part, "num_negatives") for part in base.parts.values())
     found: dict[str, dict[str, Any]] = {}
-    _log.info(
-        "All methods have the same learning rate and epochs; an epoch of some takes longer. Each also has:"
-    )
+    equal = "epochs" if "optim.lr" in varied else "learning rate and epochs"
+    _log.info("All methods have the same %s; an epoch of some takes longer. Each also has:", equal)
     for name in names:
         found[name] = {
             choice.name: choice.value
-            for choice in _of_method_and_images(name, images)
-            if not _contains(given, choice.name)
+            for choice in _of_method_and_images(name, images, given, varied)
+            if choice.name not in varied
+            and not is_given(given, choice.name)
             and not (has_negatives and choice.name.endswith(".num_negatives"))
         }
         chosen = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in found[name].items())
-        _log.info("  %s: %s", name, chosen or "nothing else")
+        _log.info("  %s: %s", name, chosen or "no other choices")
     return found
 
 
@@ -163,7 +167,7 @@ def log_taken(made: Pretraining, given: Mapping[str, Any]) -> None:
         if name != "workers"
     }
     order = sorted(left, key=lambda name: (name != "method", name in CHOSEN))
-    taken = [f"{name.replace('_', '-')} {left[name]}" for name in order if not _contains(given, name)]
+    taken = [f"{name.replace('_', '-')} {left[name]}" for name in order if not is_given(given, name)]
     if taken:
         _log.info("Taken from the run: %s.", ", ".join(taken))
 
@@ -179,7 +183,7 @@ def from_fields(fields: Mapping[str, Any]) -> Pretraining:
     own = {name: value for name, value in fields.items() if name in known}
     parts = {name: value for name, value in fields.items() if name not in known}
     if parts:
-        own["parts"] = {**own.get("parts", {}), **parts}
+        own["parts"] = _merged(parts, own.get("parts", {}))
     made: Pretraining = from_dict(Pretraining, own, "")
     return made
 
@@ -226,7 +230,7 @@ def _choices(
     images: _Images,
     default_workers: int,
     has_gpus: bool,
-    several_methods: bool = False,
+    varied: Collection[str] = (),
 ) -> Iterator[Choice]:
     num_images, photos = images
     method = given.get("method", "pirl-jigsaw")
@@ -252,9 +256,9 @@ def _choices(
         yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(num_images, workers, most=64 if photos and not has_gpus else 256)
     yield from _of_optimizer(given)
-    own = _of_method_and_images(method, images)
+    own = _of_method_and_images(method, images, given, varied)
     # For several methods, `choose_for_methods` chooses the rest.
-    yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
+    yield from (one for one in own if "method" not in varied or one.name.endswith(".num_negatives"))
 
 
 def _of_optimizer(given: Mapping[str, Any]) -> Iterator[Choice]:
@@ -265,7 +269,7 @@ def _of_optimizer(given: Mapping[str, Any]) -> Iterator[Choice]:
     """
     name = str(_name(given, "optim"))
     transformers = tuple(f"{TIMM}{start}" for start in _TRANSFORMERS)
-    adamw = name == "adamw" or (not name and not _contains(given, "optim.lr"))
+    adamw = name == "adamw" or (not name and not is_given(given, "optim.lr"))
     if adamw and str(_name(given, "backbone")).startswith(transformers):
         yield Choice("optim.name", "adamw", "suits transformers and ConvNeXt")
         yield Choice("optim.lr", 0.0005)
@@ -291,10 +295,13 @@ def _batch_size(num_images: int, workers: int | str, most: int) -> Choice:
     return Choice("batch_size", size, "few images" if size < most else "")
 
 
-def _of_method_and_images(name: str, images: _Images) -> Iterator[Choice]:
+def _of_method_and_images(
+    name: str, images: _Images, given: Mapping[str, Any], varied: Collection[str]
+) -> Iterator[Choice]:
     yield from _of_method(name, images.num_images)
     if not images.are_photos:
-        yield from _of_short_runs(name)
+        permutations = "jigsaw.num_permutations"
+        yield from _of_short_runs(name, permutations in varied or is_given(given, permutations))
 
 
 def _of_method(name: str, num_images: int) -> Iterator[Choice]:
@@ -312,21 +319,25 @@ def _of_method(name: str, num_images: int) -> Iterator[Choice]:
         yield Choice("backbone.norm", "group")
 
 
-def _of_short_runs(name: str) -> Iterator[Choice]:
-    """Yield what a short run on small images learns more from; see results/recipes."""
+def _of_short_runs(name: str, has_permutations: bool) -> Iterator[Choice]:
+    """Yield what a short run on small images learns more from; see results/recipes.
+
+    Two by two patches have only 24 permutations, which may be fewer than the number that is given.
+    """
     method = methods.parse(name)
     if method.objective in ("pirl", "npid"):
         yield Choice("bank.momentum", 0.0, "in short runs, old embeddings are noise")
-    if method.objective == "pirl" and "jigsaw" in method.transforms:
+    if method.objective == "pirl" and "jigsaw" in method.transforms and not has_permutations:
         yield Choice("jigsaw.grid", 2, "small images, so larger patches")
 
 
-def _contains(given: Mapping[str, Any], name: str) -> bool:
+def is_given(given: Mapping[str, Any], name: str) -> bool:
+    """Return whether the fields that a user gives hold the field of a dotted name."""
     first, _, rest = name.partition(".")
     if first not in given:
         # Parts may be given as a field of their own.
-        return "parts" in given and first != "parts" and _contains(given["parts"], name)
-    return not rest or not isinstance(given[first], Mapping) or _contains(given[first], rest)
+        return "parts" in given and first != "parts" and is_given(given["parts"], name)
+    return not rest or not isinstance(given[first], Mapping) or is_given(given[first], rest)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,15 +105,19 @@ def judge(claim: Claim, found: Observations) -> tuple[Verdict, list[Measured]]:
     return ("shows" if verdicts == {"shows"} else "cannot tell"), measured
 
 
-def observations(rows: Iterable[Mapping[str, Any]], fast_linear: Sequence[str] = ()) -> Observations:
+def observations(
+    rows: Iterable[Mapping[str, Any]], fast_linear: Sequence[str] = (), own_jigsaw: Sequence[str] = ()
+) -> Observations:
     """Return the results of rows by label, measure, layer and seed.
 
     The measures are "knn", "linear" and "linear by layer" (the short schedule), top-1; "invariance" and
-    "invariance/jigsaw", how often a transformed image is closer than another; "top1@1%", "AP75", "mAP" and other names.
+    "invariance/jigsaw", how often a transformed image is closer than another, or "invariance 2x2" and
+    "invariance/jigsaw 2x2"; "top1@1%", "AP75", "mAP" and other names.
 
     Args:
         rows: rows of probes with a "label"; of sweeps; or of label noise, with an "arm".
         fast_linear: protocols of the short schedule of the linear probe.
+        own_jigsaw: protocols of invariance to a jigsaw of 2 x 2 patches.
     """
     found: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in rows:
@@ -128,6 +132,7 @@ def observations(rows: Iterable[Mapping[str, Any]], fast_linear: Sequence[str] =
         label = row.get("arm", row.get("label"))
         label += f", noise {row['noise']:g}" if "noise" in row else ""
         if measure := _measure(row, fast_linear):
+            measure += " 2x2" if row["protocol"] in own_jigsaw else ""
             found.setdefault((label, measure, row["layer"]), {})[row["seed"]] = row["value"]
     return found
 

@@ -64,7 +64,7 @@ class Config(Settings):
     """Protocol of the measure of invariance.
 
     Args:
-        transforms: names of pretext transforms, with their default hyperparameters but for the grid.
+        transforms: names of pretext transforms, with their default hyperparameters, except for `grid`.
         grid: cells per side of the jigsaw. If the runs learned from a jigsaw, give the grid of theirs.
         max_images: largest number of test images, sampled at random.
         others: number of other images that each original is compared with, sampled at random.

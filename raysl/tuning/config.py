@@ -32,7 +32,7 @@ class SweepConfig:
         out: folder of the sweep, a path or a URI. The same command again continues the sweep.
         vary: hyperparameters to vary, by their dotted or short names: "temperature" tries values that raysl suggests
             and prints at the start; "temperature=0.05,0.1" tries these two; "temperature=0.03..0.5" lets the searcher
-            choose values in this interval.
+            choose values in this interval. With "method=A,B" each method gets what `raysl pretrain` would choose.
         train: labeled data that the probe learns from; by default the pretraining images.
         validation: labeled data that trials are compared on; by default a tenth of --train, which is then held out of
             the data that the probe learns from.

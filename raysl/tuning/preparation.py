@@ -191,7 +191,11 @@ def prepare(
     names = next((dimension.values for dimension in space_.dimensions if dimension.name == "method"), ())
     if method_values is None:
         images = open_or_ingest(base.data)
-        method_values = choose_for_methods(given, images, base, names) if names and given is not None else {}
+        method_values = (
+            choose_for_methods(given, images, base, names, space_.names)
+            if names and given is not None
+            else {}
+        )
     whole = [with_method_values(point, method_values) for point in points]
     context, test = make_trial_context(base, config, whole, num_trials, config.shares())
     # Only population based training copies checkpoints.

@@ -265,7 +265,8 @@ def doubts(results: SweepResults) -> list[str]:
         others = [n for n in results.trials if results.state(n) == "finished" and n != best]
         near = sum(score - results.means(n)[-1] < most for n in others)
         if near:
-            of_others = f"{near} of the {len(others)} others" if near < len(others) else "every other trial"
+            count = counted(len(others), "other finished trial")
+            of_others = f"{near} of the {count}" if near < len(others) else f"the {count.removeprefix('1 ')}"
             sentences.append(
                 f"With {counted(images, 'validation image')}, a difference of {number(most)} may be chance: "
                 f"{of_others} may be as good."

@@ -160,7 +160,7 @@ def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
     """
     given = [text.partition("=") for text in vary]
     varied = next((values for name, _, values in given if name == "method" and values), "")
-    names = [name.strip() for name in varied.split(",")] if varied else [base.method]
+    names = [name.strip() for name in varied.split(",") if name.strip()] if varied else [base.method]
     known = _fields(names)
     for text, _, _ in given:
         _refuse_unshared(text, known, names)

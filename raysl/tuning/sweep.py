@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from statistics import mean
@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from raysl import ray_cluster
 from raysl.config import Pretraining, differences, may_change
+from raysl.config.defaults import is_given
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
 from raysl.run import Run
@@ -47,14 +48,14 @@ def sweep(
 
     Args:
         given: the fields of `base` that the user gives. If the method varies, each method gets what suits the images
-            for the others; None: the values of its class.
+            for the others; None: the values of its class. A sweep that exists keeps what it was begun with.
 
     Raises:
         UserError: the sweep cannot run, and no trial has begun; or the journal can no longer be written, or another
             driver works on the sweep.
     """
     begun = Journal(Folder(config.out))
-    # A sweep that exists keeps the values that it was begun with.
+    _refuse_other_values(begun, given or {})
     prepared = prepare(base, config, given, begun.method_values if begun.rows else None)
     with DriverLock(Folder(config.out)) as lock:
         journal = Journal(Folder(config.out), lock.check)
@@ -77,6 +78,13 @@ def sweep(
         rows = SweepResults(journal).rows()
         journal.folder.write_json("table.json", rows)
     return rows
+
+
+def _refuse_other_values(begun: Journal, given: Mapping[str, Any]) -> None:
+    """Raise UserError if a field is given now that was chosen for each method when the sweep began."""
+    chosen = {name for values in begun.method_values.values() for name in values}
+    if changed := sorted(name for name in chosen if is_given(given, name)):
+        raise _begun_differently(str(begun.folder), changed)
 
 
 def _begin(journal: Journal, prepared: PreparedSweep) -> None:
@@ -114,10 +122,14 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     base = {name for name in names if name.startswith("base.") and may_change(name.removeprefix("base."))}
     changed = [name for name in names if name not in base and not name.startswith(("uris.", "sources."))]
     if changed:
-        raise UserError(
-            f"The sweep at {config.out!r} was begun differently; these differ: {', '.join(changed)}. Give the same "
-            "values to continue it, or another --out for a new sweep."
-        )
+        raise _begun_differently(config.out, changed)
+
+
+def _begun_differently(out: str, names: Sequence[str]) -> UserError:
+    return UserError(
+        f"The sweep at {out!r} was begun differently; these differ: {', '.join(names)}. Give the same values to "
+        "continue it, or another --out for a new sweep."
+    )
 
 
 def _with_defaults(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

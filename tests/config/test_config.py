@@ -184,3 +184,14 @@ def test_every_number_has_bounds_and_refuses_what_is_outside(kind: type[Any]) ->
             given = (value,) if typing.get_origin(hint) is tuple else value
             with pytest.raises(FieldError, match=f"{name.replace('_', '-')} is "):
                 kind(**{name: given})
+
+
+def test_stored_configurations_with_british_names_are_read() -> None:
+    for method, part, old, new in (
+        ("predict-colorization", "colorization", {"neighbours": 3}, {"neighbors": 3}),
+        ("mae", "mae", {"standardise": False}, {"standardize": False}),
+        ("predict-inpainting", "inpainting", {"mode": "centre"}, {"mode": "center"}),
+    ):
+        value = Pretraining("d", "r", method, parts={part: new}).to_json()
+        stored = {**value, "parts": {**value["parts"], part: old}}
+        assert Pretraining.stored(stored, "r") == Pretraining("d", "r", method, parts={part: new})

@@ -202,9 +202,24 @@ def test_each_of_several_methods_gets_what_suits_the_images(
     }
     assert "simclr: --simclr.norm batch --simclr.temperature 0.2" in caplog.messages[-1]
     first = defaults.choose_defaults({**RUN, "method": "simclr"}, small, 1, False, varied=["method"])
+    # What trials vary is not chosen, nor a grid that may have too few permutations.
+    varied = ["method", "jigsaw.num_permutations", "pirl.temperature"]
+    assert defaults.choose_for_methods(RUN, small, base, ["pirl-jigsaw"], varied) == {
+        "pirl-jigsaw": {"pirl.head": "bn", "bank.momentum": 0.0}
+    }
     monkeypatch.setattr(defaults, "short_side", lambda _: 375)
     assert defaults.choose_for_methods(RUN, small, first, ["npid"])["npid"].keys() == {
         "npid.head",
         "npid.temperature",
         "npid.num_negatives",
     }
+
+
+def test_a_number_of_permutations_leaves_the_grid_alone(small: DataSet) -> None:
+    made = defaults.choose_defaults({**RUN, "jigsaw": {"num_permutations": 100}}, small, 1, False)
+    assert (made.parts["jigsaw"].grid, made.bank.momentum) == (3, 0.0)
+
+
+def test_fields_inside_parts_are_given_too(small: DataSet) -> None:
+    made = defaults.choose_defaults({**RUN, "parts": {"pirl": {"head": "mlp"}}}, small, 1, False)
+    assert (made.parts["pirl"].head, made.parts["pirl"].temperature) == ("mlp", 0.2)

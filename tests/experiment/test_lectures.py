@@ -55,16 +55,18 @@ def test_rows_of_probes_sweeps_and_label_noise_become_results() -> None:
         {**probe, "label": "x", "probe": "linear", "name": "top1"},
         {**probe, "label": "x", "probe": "linear", "name": "top1", "protocol": "slow"},
         {**probe, "label": "x", "probe": "invariance", "name": "closer/jigsaw"},
+        {**probe, "label": "x", "probe": "invariance", "name": "closer/jigsaw", "protocol": "2x2"},
         {**probe, "arm": "teacher", "noise": 0.75, "probe": "linear", "name": "top1", "protocol": "slow"},
         {"values": {"pirl.lam": 0.5}, "seeds": {"1": 0.25}, "state": "finished"},
     ]
-    assert observations(rows, ("fast",)) == {
+    assert observations(rows, ("fast",), ("2x2",)) == {
         key: {1: 0.25}
         for key in (
             ("x", "knn", "pooled"),
             ("x", "linear by layer", "pooled"),
             ("x", "linear", "pooled"),
             ("x", "invariance/jigsaw", "pooled"),
+            ("x", "invariance/jigsaw 2x2", "pooled"),
             ("teacher, noise 0.75", "linear", "pooled"),
             ("lambda=0.5", "knn", "pooled"),
         )

@@ -305,7 +305,7 @@ def test_few_images_and_better_baselines_are_told(tmp_path: Path) -> None:
         row.update(metric="top1", num_images=50)
     # Two standard errors of the difference of two accuracies of a fifth are 0.16.
     assert doubts(results)[0].startswith("With 50 validation images, a difference of 0.16")
-    assert doubts(results)[0].endswith("may be chance: every other trial may be as good.")
+    assert doubts(results)[0].endswith("may be chance: the 3 other finished trials may be as good.")
     for row in results.scores.values():
         row.update(num_images=5_000_000)
     assert doubts(results) == [told]

@@ -15,7 +15,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement
 from raysl.ray_cluster.placement import Machines
 from raysl.storage import Folder
-from raysl.tuning.journal import NAME
+from raysl.tuning.journal import FORMAT, NAME, Journal
 from raysl.tuning.preparation import hold_out, prepare
 from raysl.tuning.sweep import sweep
 from raysl.tuning.trainable import tune_trainable
@@ -56,6 +56,16 @@ def test_a_value_that_fails_for_some_trials_is_found_before_any_begins(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_value_that_was_chosen_for_each_method_cannot_be_given_later(
+    data: tuple[str, str], tmp_path: Path
+) -> None:
+    header = {"event": "sweep", "format": FORMAT, "method_values": {"pirl-jigsaw": {"jigsaw.grid": 2}}}
+    Journal(Folder(str(tmp_path / "sweep"))).add(header)
+    settings = config(data, tmp_path / "sweep", vary=("method=pirl-jigsaw,predict-jigsaw",))
+    with pytest.raises(UserError, match=r"begun differently; these differ: jigsaw\.grid"):
+        sweep(base(data[0]), settings, {"jigsaw": {"grid": 3}})
+
+
 def test_a_sweep_on_images_without_labels_asks_for_labeled_ones(
     data: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -72,6 +82,7 @@ def test_each_method_of_a_sweep_has_what_suits_the_images(data: tuple[str, str],
         data, tmp_path / "sweep", vary=("method=pirl-jigsaw,predict-jigsaw", "bank.momentum=0,0.9")
     )
     context = prepare(base(data[0], parts=parts), settings, {"pirl": {"dim": 16}}).context
+    assert "bank.momentum" not in context.method_values["pirl-jigsaw"]  # It is varied.
     own = context.config_of({"method": "pirl-jigsaw", "bank.momentum": 0.9})
     assert (own.parts["jigsaw"].grid, own.parts["pirl"].head, own.parts["pirl"].dim) == (2, "bn", 16)
     assert (own.parts["pirl"].num_negatives, own.bank.momentum) == (32, 0.9)  # given, and varied
