@@ -2,7 +2,8 @@
 
 Command:  python experiments/reproduce_lectures.py --data DATA --other DATA2 --detection VOC --out OUT --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU.
-Time:     planned: 9 hours for each data set with 3 seeds. With --local: about half an hour, on drawn images.
+Time:     about 7 hours for each data set with 3 seeds and --workers 0, by the times of the parts. With --local: about
+          half an hour, on drawn images.
 Expect:   OUT/README.md, "The lectures, measured": a verdict for each claim and data set, by a 95 % interval over seeds.
           At this size most claims about a few points cannot be told; see results/lectures.
 
