@@ -12,6 +12,7 @@ import pytest
 from raysl.backbone.network import BackboneConfig
 from raysl.stream.reader import DataShare
 from raysl.tuning import shared_streams
+from raysl.tuning.preparation import TrialContext
 from tests.data import make_dataset
 from tests.tuning.small import base
 
@@ -22,9 +23,8 @@ def test_runs_that_take_the_same_steps_share_a_stream(
     """The second trial takes the place that was kept for it; another seed or schedule has a stream of its own."""
     images = make_dataset(tmp_path / "set", 96)
     one = base(str(images.folder), backbone=BackboneConfig("small"))
-    context: Any = SimpleNamespace(
-        base=one, images=images, trials_at_once=2, placement=SimpleNamespace(share=DataShare())
-    )
+    placement: Any = SimpleNamespace(share=DataShare())
+    context = TrialContext(one, images, str(tmp_path), images, images, "knn", (0,), (1.0,), 2, 1, placement)
     opened: list[int] = []
 
     def start_actors(streams: Any, start: int, until: int) -> tuple[str, ...]:
