@@ -181,7 +181,7 @@ def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
             *table,
             "",
             f"{decided} of the intervals have at least {MIN_SEEDS} seeds. One 95 % interval in 20 misses the true "
-            f"value by chance; of {decided}, about {decided / 20:.1f}. Doubt first what rests on an interval that ends "
-            "near 0.",
+            f"value by chance; of {decided}, about {decided / 20:.1f}.",
+            "Doubt first what rests on an interval that ends near 0.",
         ]
     )
